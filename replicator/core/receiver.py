@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The peer's writes over one link: applied, acknowledged in batches, and made stable at its barriers.
+
+Writes between two BARRIERs are one *batch*.  A barrier is answered when all writes of its batch and of the batches before
+are over and the disks they touched are flushed.  Under protocol A what follows a barrier waits until it is
+answered, so that a power cut here loses a suffix of the peer's writes and never a hole.
+
+A receiver outlives its link: writes that arrived whole are applied (or fail with their disk) before anything is decided.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from replicator.core.actions import FlushData
+from replicator.core.context import Context
+from replicator.core.events import DiskDone, Io
+from replicator.core.handshake_wire import pack_sequences
+from replicator.core.locks import LockKind
+from replicator.core.volume import Volume
+from replicator.core.wire import SEQUENCES_MAX, Flag, Frame, Kind
+from replicator.core.writes import Write
+
+_IO: Final = {Kind.WRITE: Io.WRITE, Kind.TRIM: Io.TRIM, Kind.ZERO: Io.ZERO}
+#: Bytes of payload received and not over yet; our senders are bounded below it, so more is a broken peer.
+UNFINISHED_BYTES_MAX: Final = 256 << 20
+
+
+class Batch:
+    """Writes between two barriers."""
+
+    __slots__ = ("barrier", "count", "flushing", "volumes")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.barrier: int | None = None
+        self.volumes: set[int] = set()
+        self.flushing = 0
+
+
+class Receiver:
+    """One link's incoming writes.  `send` is dropped by `link_down`."""
+
+    def __init__(
+        self, context: Context, peer: int, volumes: dict[int, Volume], send: Callable[[Frame], None]
+    ) -> None:
+        self._context = context
+        self._peer = peer
+        self._volumes = volumes
+        self._send: Callable[[Frame], None] | None = send
+        self._ordered = context.options.protocol == "A"
+        self._early = context.options.protocol == "B"
+        self._batches: deque[Batch] = deque([Batch()])
+        self._behind: deque[Frame] = deque()  # protocol A: what follows an unanswered barrier
+        self._bytes = 0
+        self._last_sequence = 0
+        self._acks: dict[Kind, list[int]] = {Kind.RECEIVED: [], Kind.WRITTEN: [], Kind.FAILED: []}
+
+    def link_down(self) -> None:
+        """Nothing can be sent any more; what arrived goes on."""
+        self._send = None
+
+    def on_write(self, frame: Frame) -> str | None:
+        """WRITE, TRIM or ZERO.  Returns what is wrong with it, or None."""
+        volume = self._volumes[frame.volume]
+        if volume.size and frame.offset + frame.size > volume.size:
+            return f"{frame.kind.name} beyond the end: {frame.offset}+{frame.size} of {volume.size}"
+        if frame.sequence <= self._last_sequence:
+            return f"{frame.kind.name} with sequence {frame.sequence} after {self._last_sequence}"
+        self._last_sequence = frame.sequence
+        self._bytes += len(frame.payload)
+        if self._bytes > UNFINISHED_BYTES_MAX:
+            return f"more than {UNFINISHED_BYTES_MAX} bytes of unacknowledged writes"
+        if self._behind or (self._ordered and len(self._batches) > 1):
+            self._behind.append(frame)
+        else:
+            self._apply(volume, frame)
+        return None
+
+    def _apply(self, volume: Volume, frame: Frame) -> None:
+        write = Write(
+            _IO[frame.kind],
+            frame.offset,
+            frame.size,
+            frame.payload,
+            fua=bool(frame.flags & Flag.FUA),
+            keep=bool(frame.flags & Flag.KEEP),
+            origin=self._peer,
+            kind=LockKind.PEER,
+        )
+        write.sequence = frame.sequence
+        batch = self._batches[-1]
+        batch.count += 1
+        batch.volumes.add(volume.number)
+        write.arrival = (self, batch)
+        if self._early and not volume.path.held_peer:
+            self._acks[Kind.RECEIVED].append(frame.sequence)
+        volume.path.submit(write)
+
+    def done(self, write: Write, error: int) -> None:
+        """A write of ours is over."""
+        _, batch = write.arrival
+        batch.count -= 1
+        if write.io is Io.WRITE:
+            self._bytes -= write.size
+        self._acks[Kind.FAILED if error else Kind.WRITTEN].append(write.sequence)
+        self._pump()
+
+    def dropped(self, write: Write) -> None:
+        """A write that was never launched was dropped with its link."""
+        write.arrival[1].count -= 1
+
+    def on_barrier(self, frame: Frame) -> None:
+        """Make stable what came before."""
+        if self._behind:
+            self._behind.append(frame)
+            return
+        self._batches[-1].barrier = frame.sequence
+        self._batches.append(Batch())
+        self._pump()
+
+    def _pump(self) -> None:
+        batch = self._batches[0]
+        if batch.count or batch.barrier is None or batch.flushing:
+            return
+        for number in sorted(batch.volumes):
+            if self._volumes[number].has_disk():
+                batch.flushing += 1
+                token = self._context.ask(self._flushed, (batch, self._volumes[number]))
+                self._context.out.append(FlushData(number, token))
+        batch.volumes.clear()
+        if not batch.flushing:
+            self._answer(batch)
+
+    def _flushed(self, subject: tuple[Batch, Volume], event: DiskDone) -> None:
+        batch, volume = subject
+        batch.flushing -= 1
+        if event.error:
+            volume.disk_error("flush", event.error)  # the peer hears DISK_STATE before the answer
+        if not batch.flushing:
+            self._answer(batch)
+
+    def _answer(self, batch: Batch) -> None:
+        assert batch is self._batches[0] and batch.barrier is not None
+        self.settle()  # acknowledgements of the batch go before its barrier's
+        if self._send is not None:
+            self._send(Frame(Kind.BARRIER_ACK, sequence=batch.barrier))
+        self._batches.popleft()
+        while self._behind and len(self._batches) == 1:
+            frame = self._behind.popleft()
+            if frame.kind is Kind.BARRIER:
+                self._batches[-1].barrier = frame.sequence
+                self._batches.append(Batch())
+            else:
+                self._apply(self._volumes[frame.volume], frame)
+        self._pump()
+
+    def settle(self) -> None:
+        """Once per turn: acknowledgements, together."""
+        for kind, sequences in self._acks.items():
+            if not sequences:
+                continue
+            self._acks[kind] = []
+            if self._send is None:
+                continue
+            for at in range(0, len(sequences), SEQUENCES_MAX):
+                self._send(Frame(kind, payload=pack_sequences(sequences[at : at + SEQUENCES_MAX])))
