@@ -294,8 +294,19 @@ class Commands:
         volume = self._one_volume(command)
         if volume is not None:
             self._resource.identity.begin(
-                volume, clear=bool(command.args.get("clear_bitmap")), finish=self._finish(command)
+                volume,
+                clear=bool(command.args.get("clear_bitmap")),
+                finish=lambda refusal: self._identity_done(command, refusal),
             )
+
+    def _identity_done(self, command: Command, refusal: Refusal | None) -> None:
+        def settled() -> bool:
+            if refusal is None and not self._resource.settled:
+                return False  # the round that follows is part of it
+            self._done(command, refusal)
+            return True
+
+        self._waiting.append(settled)
 
     def _pause(self, command: Command, *, paused: bool) -> None:
         for volume in self._volumes(command.args):

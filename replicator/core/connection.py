@@ -180,11 +180,9 @@ class Connection:
             volume.replicas[self.peer].link_down(lost_primary=lost_primary)
         self.link = None
         self.role = None
-        marked = resource.log.lose(self.peer)
+        resource.log.lose(self.peer)
         unacked, self._unacked = self._unacked, {}
         self.unwritten_bytes = 0
-        for number in marked:
-            resource.volumes[number].rotate()
         for volume, write in unacked.values():
             volume.path.lost(write, self.peer)
         reads, self._reads = self._reads, {}

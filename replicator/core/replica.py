@@ -399,6 +399,8 @@ class Replica:
         if full:
             assert volume.attached is not None
             volume.attached.bitmaps[self.peer].mark_all()
+        if volume.disk is Disk.CONSISTENT:
+            volume.become(DiskMove.PEER_NOT_NEWER)  # the only other copy has just been found older
         self._send_bitmap()
         self._move(ReplicationMove.BE_SOURCE)
         self._release()

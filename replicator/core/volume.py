@@ -203,8 +203,8 @@ class Volume:
         return self.attached.ledger
 
     def forked_here(self, peers: int) -> bool:
-        """Fork points towards these peers are durable here, or this copy records none (absent, Inconsistent)."""
-        if self.attached is None or self.disk is Disk.INCONSISTENT:
+        """Fork points towards these peers are durable here, or this copy makes none: only good data can fork."""
+        if self.attached is None or self.disk is not Disk.UP_TO_DATE:
             return True
         return all(self.ledger.slot(peer).bitmap_id != UNSET for peer in self.replicas if peers >> peer & 1)
 
@@ -359,7 +359,7 @@ class Volume:
             happened = DiskMove.FOUND_INCONSISTENT
         elif not found.was_up_to_date:
             happened = DiskMove.FOUND_OUTDATED
-        elif self.context.options.fencing == "dont-care":
+        elif self.context.options.fencing == "dont-care" and not self._somebody_may_be_newer():
             happened = DiskMove.FOUND_UP_TO_DATE
         else:
             happened = DiskMove.FOUND_CONSISTENT
@@ -367,6 +367,10 @@ class Volume:
         self.context.notice("attached", volume=self.number, disk=self.disk.word, size=self.size)
         self.refresh()
         self.group.disk_changed(self)
+
+    def _somebody_may_be_newer(self) -> bool:
+        """A disk that comes back to a running resource: a round decides, and until then it is not read."""
+        return self.group.primary or any(replica.link is not None for replica in self.replicas.values())
 
     def detach(self) -> None:
         """Let a healthy disk go; nothing is in flight and every epoch is retired."""

@@ -45,6 +45,7 @@ class Write:
         "keep",
         "local",
         "lock",
+        "lone",
         "missed",
         "offset",
         "origin",
@@ -78,6 +79,7 @@ class Write:
         self.keep = keep
         self.origin = origin
         self.lock = Lock(kind, offset, offset + size, self)
+        self.lone = 0  # replicated: bit of the origin if its own disk does not have it
         self.token = 0  # the client's token
         self.arrival: Any = None  # replicated: (receiver, batch)
         self.sequence = 0  # on the link
@@ -165,6 +167,8 @@ class WritePath:
         self.in_flight += 1
         if write.origin != self._me:
             self._peer_in_flight += 1
+            # Decided on arrival: a link lost later takes nothing from what the origin has (its log covers it).
+            write.lone = self._home.absent(write.origin) & 1 << write.origin
         self._advance(write)
 
     def when_peers_quiet(self, then: Callable[[], None]) -> None:
@@ -188,7 +192,7 @@ class WritePath:
         if own and not home.writable():
             self._finish_unlaunched(write, errno.EIO)
             return
-        absent = home.absent(write.origin)
+        absent = home.absent(write.origin) if own else write.lone
         if absent and not home.forked(absent):
             self._unforked.append(write)
             home.rotate()

@@ -3,8 +3,8 @@
 
 Opening reads the whole metadata area (32 MiB per TiB and peer), so it happens in a thread of its own.
 
-Invariant: each `OpenDisk` is answered once, by DiskOpened, DiskOpenFailed or, when `CloseDisk` overtook it, by
-DiskClosed; each `CloseDisk` by one DiskClosed.
+Invariant: each `OpenDisk` is answered once, by DiskOpened, DiskOpenFailed or, when `CloseDisk` overtook it,
+by DiskClosed; each `CloseDisk` by one DiskClosed.
 """
 
 from __future__ import annotations

@@ -47,7 +47,14 @@ class Exports:
     """All volumes of one resource.  Everything is called in the loop's thread."""
 
     def __init__(
-        self, loop: Loop, log: Log, resource: str, node: str, volumes: tuple[int, ...], run_dir: Path, choice: Choice
+        self,
+        loop: Loop,
+        log: Log,
+        resource: str,
+        node: str,
+        volumes: tuple[int, ...],
+        run_dir: Path,
+        choice: Choice,
     ) -> None:
         self._loop = loop
         self._log = log
@@ -91,12 +98,14 @@ class Exports:
             frontend.listen()
         self.publish(primary=False, sizes={})
 
-    def publish(self, *, primary: bool, sizes: Mapping[int, int]) -> None:
-        """Serve or withhold the exports; sizes in bytes."""
+    def publish(self, *, primary: bool, sizes: Mapping[int, int]) -> bool:
+        """Serve or withhold the exports; sizes in bytes.  True when something changed."""
+        changed = False
         for frontend in self.frontends:
             size = sizes.get(frontend.volume, 0)
             if self._published.get(frontend.volume) == (primary, size):
                 continue
+            changed = True
             grown = self._published.get(frontend.volume, (False, 0))[1] != size
             self._published[frontend.volume] = (primary, size)
             refused = None
@@ -105,8 +114,14 @@ class Exports:
             elif not size:
                 refused = f"{frontend.name} has no size yet on {self._node}: neither disk nor peer is there"
             frontend.export(Export(name=frontend.name, size_bytes=size, refused=refused))
-            if grown and size and self._manager is not None and self._manager.node(frontend.volume) is not None:
+            if (
+                grown
+                and size
+                and self._manager is not None
+                and self._manager.node(frontend.volume) is not None
+            ):
                 self._manager.resize(frontend.volume, size, self._resized)
+        return changed
 
     def reply(self, action: Reply) -> None:
         """Hand a reply to the client that asked."""
@@ -136,7 +151,9 @@ class Exports:
     # -- nodes --------------------------------
 
     def follow(self, *, primary: bool, then: Callable[[list[str]], None]) -> None:
-        """Make the nodes that a Primary should have, remove those that a Secondary should not; `then(errors)`."""
+        """Make the nodes that a Primary should have, remove those that a Secondary should not;
+        `then(errors)`.
+        """
         if self._job is not None or self._leaving:
             # One thing after another: look again when that is done.
             self._later.append(partial(self.follow, primary=primary, then=then))
@@ -145,17 +162,21 @@ class Exports:
         if manager is None:
             then([])
         elif primary:
-            served = [volume for volume in self._volumes if self._published.get(volume, (False, 0)) > (True, 0)]
+            served = [
+                volume for volume in self._volumes if self._published.get(volume, (False, 0)) > (True, 0)
+            ]
             missing = {volume for volume in served if manager.node(volume) is None}
             self._begin("attach", missing, then)
         else:
-            self._begin("detach", {volume for volume in self._volumes if manager.node(volume) is not None}, then)
+            self._begin(
+                "detach", {volume for volume in self._volumes if manager.node(volume) is not None}, then
+            )
 
     def leave(self, *, force: bool, then: Callable[[Refusal | None], None]) -> None:
         """Remove the nodes before a demotion; `then(None)` when no node is in the way any more, else why not.
 
-        A node that is held, or a socket with clients of its own, keeps every node where it is.  The caller says
-        `left` when the demotion ended.
+        A node that is held, or a socket with clients of its own, keeps every node where it is.  The caller
+        says `left` when the demotion ended.
         """
         if self._job is not None or self._leaving:
             self._later.append(partial(self.leave, force=force, then=then))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How this process speaks to the log: structlog, configured here and nowhere else.
 
-One line per notice of the core.  REPLICATOR_LOG_LEVEL (debug, info, warning, error) says what is worth a line,
-REPLICATOR_LOG_FORMAT (json or console) how it looks; without it a terminal gets console lines, anything else JSON.
-The log is standard error: systemd and `replicator up` know what to do with it.
+One line per notice of the core.  REPLICATOR_LOG_LEVEL (debug, info, warning, error) says what is worth a
+line, REPLICATOR_LOG_FORMAT (json or console) how it looks; without it a terminal gets console lines,
+anything else JSON. The log is standard error: systemd and `replicator up` know what to do with it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,27 @@ from replicator.errors import ConfigError
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 #: A notice whose code has one of these words is something an operator should look at.
-_GRAVE = ("fail", "error", "refused", "lost", "split", "unrelated", "mismatch", "timeout", "gave-up", "suspended")
+_GRAVE = (
+    "fail",
+    "error",
+    "refused",
+    "lost",
+    "split",
+    "unrelated",
+    "mismatch",
+    "timeout",
+    "gave-up",
+    "suspended",
+)
 
 
 class Log(Protocol):
     """What the daemon needs of a logger."""
 
-    def debug(self, event: str, **values: object) -> object: ...
-    def info(self, event: str, **values: object) -> object: ...
-    def warning(self, event: str, **values: object) -> object: ...
-    def critical(self, event: str, **values: object) -> object: ...
+    def debug(self, event: str, **values: object) -> None: ...
+    def info(self, event: str, **values: object) -> None: ...
+    def warning(self, event: str, **values: object) -> None: ...
+    def critical(self, event: str, **values: object) -> None: ...
 
 
 def configure(environ: Mapping[str, str], resource: str, node: str) -> Log:
@@ -43,9 +54,10 @@ def configure(environ: Mapping[str, str], resource: str, node: str) -> Log:
         faults.append(f"REPLICATOR_LOG_FORMAT: {form!r} is not one of json, console")
     if faults:
         raise ConfigError(faults)
+    # A traceback as plain text: one with local variables would write the users' data into the log.
     last: list[structlog.typing.Processor]
     if form == "json":
-        last = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(default=str)]
+        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     else:
         last = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     structlog.configure(

@@ -31,9 +31,7 @@ class Wish:
 class Watchers:
     """Everything is called in the loop's thread.  `reply` is the controller's."""
 
-    def __init__(
-        self, loop: Loop, status: Callable[[], Status], reply: Callable[[int, Reply], bool]
-    ) -> None:
+    def __init__(self, loop: Loop, status: Callable[[], Status], reply: Callable[[int, Reply], bool]) -> None:
         self._loop = loop
         self._status = status
         self._reply = reply
