@@ -6,7 +6,6 @@ The parser, the help text and the dispatch are made from `VERBS`, so they cannot
 
 from __future__ import annotations
 
-import argparse
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from importlib import import_module
@@ -105,7 +104,10 @@ VERBS: Final[dict[str, Verb]] = {
         "watch", "wait_connect", "wait until the peers are connected", "RES", (_TIMEOUT, _JSON)
     ),
     "wait-sync": Verb("watch", "wait_sync", "wait until no resync is left to do", "RES", (_TIMEOUT, _JSON)),
-    "demo": Verb("demo", "main", "two nodes on this machine, explained step by step", ""),
+    "demo": Verb(
+        "demo", "main", "two nodes on this machine, explained step by step", "",
+        (Flag("--keep", "keep the directory, with the logs and the disks"),),
+    ),
     "version": Verb("local", "version", "print the version", "", (_JSON,)),
 }  # fmt: skip
 
@@ -126,13 +128,11 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--node", metavar="NAME", help="which node this is (REPLICATOR_NODE)")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for name, verb in VERBS.items():
-        _add(verbs.add_parser(name, help=verb.help, description=verb.help), name, verb)
+        _add(verbs.add_parser(name, help=verb.help, description=verb.help), verb)
     return parser
 
 
-def _add(parser: ArgumentParser, name: str, verb: Verb) -> None:
-    if name == "demo":
-        parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of the demonstration")
+def _add(parser: ArgumentParser, verb: Verb) -> None:
     if verb.target:
         shown = "RES[/VOL]" if verb.target.startswith("VOL") else "RES"
         nargs = "?" if verb.target.endswith("?") else None

@@ -5,7 +5,7 @@ Writes between two BARRIERs are one *batch*.  A barrier is answered when all wri
 are over and the disks they touched are flushed.  Under protocol A what follows a barrier waits until it is
 answered, so that a power cut here loses a suffix of the peer's writes and never a hole.
 
-A receiver outlives its link: writes that arrived whole are applied (or fail with their disk) before anything is decided.
+A receiver outlives its link: writes that were let through are applied (or fail with their disk) before anything is decided.
 """
 
 from __future__ import annotations
@@ -53,14 +53,18 @@ class Receiver:
         self._ordered = context.options.protocol == "A"
         self._early = context.options.protocol == "B"
         self._batches: deque[Batch] = deque([Batch()])
-        self._behind: deque[Frame] = deque()  # protocol A: what follows an unanswered barrier
+        self._behind: deque[tuple[Frame, int]] = deque()  # protocol A: what follows an unanswered barrier
         self._bytes = 0
         self._last_sequence = 0
         self._acks: dict[Kind, list[int]] = {Kind.RECEIVED: [], Kind.WRITTEN: [], Kind.FAILED: []}
 
     def link_down(self) -> None:
-        """Nothing can be sent any more; what arrived goes on."""
+        """Nothing can be sent any more; what arrived goes on, but for what waits behind a barrier (protocol A).
+
+        That is dropped as a whole: a suffix, which is what protocol A may lose.
+        """
         self._send = None
+        self._behind.clear()
 
     def on_write(self, frame: Frame) -> str | None:
         """WRITE, TRIM or ZERO.  Returns what is wrong with it, or None."""
@@ -73,13 +77,15 @@ class Receiver:
         self._bytes += len(frame.payload)
         if self._bytes > UNFINISHED_BYTES_MAX:
             return f"more than {UNFINISHED_BYTES_MAX} bytes of unacknowledged writes"
+        # Decided on arrival: a link lost later takes nothing from what the origin has (its own log covers it).
+        lone = volume.absent(self._peer) & 1 << self._peer
         if self._behind or (self._ordered and len(self._batches) > 1):
-            self._behind.append(frame)
+            self._behind.append((frame, lone))
         else:
-            self._apply(volume, frame)
+            self._apply(volume, frame, lone)
         return None
 
-    def _apply(self, volume: Volume, frame: Frame) -> None:
+    def _apply(self, volume: Volume, frame: Frame, lone: int) -> None:
         write = Write(
             _IO[frame.kind],
             frame.offset,
@@ -91,6 +97,7 @@ class Receiver:
             kind=LockKind.PEER,
         )
         write.sequence = frame.sequence
+        write.lone = lone
         batch = self._batches[-1]
         batch.count += 1
         batch.volumes.add(volume.number)
@@ -115,7 +122,7 @@ class Receiver:
     def on_barrier(self, frame: Frame) -> None:
         """Make stable what came before."""
         if self._behind:
-            self._behind.append(frame)
+            self._behind.append((frame, 0))
             return
         self._batches[-1].barrier = frame.sequence
         self._batches.append(Batch())
@@ -149,12 +156,12 @@ class Receiver:
             self._send(Frame(Kind.BARRIER_ACK, sequence=batch.barrier))
         self._batches.popleft()
         while self._behind and len(self._batches) == 1:
-            frame = self._behind.popleft()
+            frame, lone = self._behind.popleft()
             if frame.kind is Kind.BARRIER:
                 self._batches[-1].barrier = frame.sequence
                 self._batches.append(Batch())
             else:
-                self._apply(self._volumes[frame.volume], frame)
+                self._apply(self._volumes[frame.volume], frame, lone)
         self._pump()
 
     def settle(self) -> None:

@@ -78,6 +78,7 @@ class Resource:
         self._links: dict[int, Connection] = {}  # agreed
         self._closing: set[int] = set()  # links we asked to close: what still comes is not looked at
         self._openers: dict[tuple[int, int], str] = {}
+        self._parked_reads: list[PeerRead] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             ClientRequest: self._on_request,
             DiskDone: self.context.complete,
@@ -146,6 +147,10 @@ class Resource:
             connection.tick()
         if self.log.open.ranges and now >= self.log.open.since + self.options.epoch_time_ns:
             self.log.close()
+        if self._parked_reads:
+            parked, self._parked_reads = self._parked_reads, []
+            for read in parked:
+                self._read(self.volumes[read.volume], read.offset, read.size, read.done)
         self.roles.settle()
         self.commands.settle()
         for volume in self.volumes.values():
@@ -240,6 +245,8 @@ class Resource:
         if volume.disk is Disk.UP_TO_DATE:
             token = self.context.ask(self._read_done, read)
             self.context.out.append(ReadData(volume.number, token, read.offset, read.size))
+        elif volume.path.held:
+            self._parked_reads.append(read)  # a round decides soon who has good data
         else:
             read.done(errno.EIO, b"")
 
@@ -292,7 +299,7 @@ class Resource:
         """Group.disk_changed: the copies have to be compared again."""
         volume.refresh()
         for replica in volume.replicas.values():
-            if replica.link is not None:
+            if replica.link is not None and (volume.attached is not None or replica.deciding):
                 replica.disk_settled()
         volume.path.wake_all()
 

@@ -167,8 +167,6 @@ class WritePath:
         self.in_flight += 1
         if write.origin != self._me:
             self._peer_in_flight += 1
-            # Decided on arrival: a link lost later takes nothing from what the origin has (its log covers it).
-            write.lone = self._home.absent(write.origin) & 1 << write.origin
         self._advance(write)
 
     def when_peers_quiet(self, then: Callable[[], None]) -> None:

@@ -50,6 +50,7 @@ class Disks:
         self._where = where
         self._node_id = node_id
         self._open: dict[int, Disk] = {}
+        self._unopened: set[int] = set()  # opening failed; the core closes what it tried to open
         self._opening: dict[int, bool] = {}  # volume -> it is to be closed as soon as it is open
 
     def open(self, action: OpenDisk) -> None:
@@ -57,6 +58,7 @@ class Disks:
         volume = action.volume
         assert volume not in self._open and volume not in self._opening, f"disk {volume} is opened twice"
         self._opening[volume] = False
+        self._unopened.discard(volume)
         threading.Thread(target=self._open_beside, args=(volume,), name=f"open-{volume}", daemon=True).start()
 
     def submit(self, action: DiskAction) -> None:
@@ -67,6 +69,9 @@ class Disks:
         """Close a disk when everything submitted is done."""
         if action.volume in self._opening:
             self._opening[action.volume] = True
+        elif action.volume in self._unopened:
+            self._unopened.discard(action.volume)
+            self._loop.post(DiskClosed(action.volume))
         else:
             self._open.pop(action.volume).close()
 
@@ -98,5 +103,8 @@ class Disks:
         self._loop.post(DiskOpened(volume, size, opened.fixed, opened.bitmaps))
 
     def _failed(self, volume: int, error: str) -> None:
-        closing = self._opening.pop(volume)
-        self._loop.post(DiskClosed(volume) if closing else DiskOpenFailed(volume, error))
+        if self._opening.pop(volume):
+            self._loop.post(DiskClosed(volume))
+            return
+        self._unopened.add(volume)
+        self._loop.post(DiskOpenFailed(volume, error))

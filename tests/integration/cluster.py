@@ -53,8 +53,8 @@ def free_ports(count: int) -> list[int]:
 class TwoNodes:
     """A resource `r0` on nodes alpha (id 0) and beta (id 1).
 
-    `metadata` is "internal" or "external", `io` "direct" or "buffered", `security` "clear" or "tls"; `net` and
-    `disk` are further lines of those sections.
+    `metadata` is "internal" or "external", `io` "direct" or "buffered", `security` "clear" or "tls"; `net`
+    and `disk` are further lines of those sections.
     """
 
     def __init__(

@@ -186,9 +186,12 @@ class Run:
         def done(reply: Reply) -> None:
             if reply.error == 0:
                 holders = self.holders(node, volume)
-                if self.swarm.options["protocol"] == "A":
-                    holders = holders & {node.id} or holders
-                self.holding[volume] &= holders
+                if self.swarm.options["protocol"] == "A" and node.id in holders:
+                    holders = {node.id}
+                elif self.swarm.options["protocol"] == "A":
+                    self.holding[volume] = set(holders)  # in order: what it acknowledges now includes all before
+                if holders or all(r.link is None for r in node.resource.volumes[volume].replicas.values()):
+                    self.holding[volume] &= holders  # (in the middle of a round nobody is a holder)
                 if not self.holding[volume]:
                     self.fail(f"write {write.number} acknowledged by node {node.id} with no good copy")
                 oracle.ack(write, self.world.now)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attaching, from bytes: what was hot is dirty, and no crash in the middle forgets anything (decision 0001)."""
+"""Attaching, from bytes: what was hot is dirty, and no crash in the middle forgets it (decision 0001)."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Image:
         return DiskOpened(0, size, bytes(self.area[self.base :]), bitmaps)
 
     def superblock(self) -> Superblock:
-        return superblock.choose(*(self.area[self.base + at :][:PAGE] for at in (0, PAGE))).superblock
+        return superblock.choose(*(bytes(self.area[self.base + at :][:PAGE]) for at in (0, PAGE))).superblock
 
     def hot(self) -> activity.Recovered:
         at = self.base + ACTIVITY_OFFSET

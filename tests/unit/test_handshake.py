@@ -101,7 +101,7 @@ def test_what_forbids_two_nodes_to_talk(fault: str) -> None:
 
 
 def test_a_stranger_cannot_send_a_node_to_standalone() -> None:
-    """Only the configured peer may cause a fatal fault: whoever reaches the port could stop the mirror otherwise."""
+    """Only the configured peer may cause a fatal fault: else whoever reaches the port stops the mirror."""
     for fault in ("reflected", "a node nobody configured", "meant for another node", "another resource"):
         theirs = replace(FAULTS[fault][0], options=(), volumes=(), version_min=9, version_max=9)
         found = check(alpha(), theirs, None, PEERS_OF_ALPHA)

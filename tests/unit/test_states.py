@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of states: everything named can happen, what is absent ends the process, the words are DRBD's."""
+"""The tables of states: what is named can happen, what is absent ends the process, the words are DRBD's."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def test_the_log_is_bounded() -> None:
 
 @given(st.integers(0, 1 << 32), st.booleans())
 def test_whatever_order_things_end_in_nothing_is_forgotten(seed: int, waits: bool) -> None:
-    """Epochs retire in order; a range is confirmed, or marked, or in the log; every flush is answered once."""
+    """Epochs retire in order; a range is confirmed, marked, or in the log; every flush is answered once."""
     draw = random.Random(seed)
     fake = Fake(writes_max=draw.randrange(1, 5), wait_for_peers=waits)
     log = fake.log
