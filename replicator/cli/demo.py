@@ -52,14 +52,13 @@ kind = "none"              # a /dev node needs root
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the demonstration; 0 if everything it shows held.  Raises DemoFailed with what did not."""
-    parser = argparse.ArgumentParser(prog="replicator demo", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--keep", action="store_true", help="keep the directory, with the logs and the disks")
-    rest = [word for word in getattr(args, "rest", []) if word != "--"]
-    keep = parser.parse_args(rest).keep or getattr(args, "keep", False)
+    """Run the demonstration; 0 if everything it shows held.  Raises DemoFailed with what did not.
+
+    `args.keep`: leave the directory, with the logs and the disks.
+    """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with scene(keep=keep) as (alpha, beta):
+        with scene(keep=args.keep) as (alpha, beta):
             Demo(alpha, beta).play()
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -23,6 +23,7 @@ from replicator.core.geometry import (
     PAGE,
     block_count,
     blocks_of_extent,
+    slot_bytes_for,
     slot_offset,
 )
 from replicator.core.ledger import Ledger
@@ -113,6 +114,11 @@ class Attaching:
             raise FormatError(
                 f"the device has {size} bytes for data, the volume {found.size_bytes}",
                 hint="give the device back its size, or run `replicator create-md --force` and let the peer fill it",
+            )
+        if slot_bytes_for(found.size_bytes or size) > found.slot_bytes:
+            raise FormatError(
+                f"the bitmap slots of {found.slot_bytes} bytes are too small for {found.size_bytes or size} bytes of data",
+                hint="run `replicator create-md --force` and let the peer fill this copy",
             )
         known = {slot.node_id for slot in found.peers if slot.node_id != NO_NODE}
         missing = [name for node, name in self._peers.items() if node not in known]

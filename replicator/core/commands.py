@@ -311,7 +311,7 @@ class Commands:
     def _pause(self, command: Command, *, paused: bool) -> None:
         for volume in self._volumes(command.args):
             for replica in volume.replicas.values():
-                replica.pause(paused)
+                replica.steps.pause(paused)
         self._done(command)
 
     # --- the end

@@ -81,6 +81,7 @@ class Connection:
         self._progress = 0  # when an acknowledgement last came, or the first unacknowledged write was sent
         self._round_since: int | None = None
         self._goodbye = False  # the peer said so
+        self._initial = False  # the first round of this link, of all volumes together
 
     # --- states
 
@@ -144,6 +145,7 @@ class Connection:
         self.resource_id = candidate.resource_id
         self.role = None
         self._goodbye = False
+        self._initial = True
         self._dialing = False
         self._heard = self._progress = self._context.now
         self._pinged = None
@@ -415,9 +417,8 @@ class Connection:
         self._resource.log.lose(self.peer, volume.number)
         volume.replicas[self.peer].peer_disk_gone()
         volume.farewell_heard(self.peer)
-        volume.path.held = False
+        volume.replicas[self.peer].release()
         if volume.attached is None:
-            volume.path.wake_all()
             return None
         if self.role is Role.PRIMARY or (self._resource.primary and ranges):
             volume.rotate_here(1 << self.peer)
@@ -434,12 +435,20 @@ class Connection:
     # --- rounds of all volumes
 
     def decided(self) -> None:
-        """A volume has a decision.  When all have, they are carried out together, or the peers part."""
+        """A volume has a decision.
+
+        On a new link all volumes are carried out together when all have one, or the peers part: a split brain of
+        one volume forbids to touch the others.  Later rounds concern one volume at a time, and are carried out at once: the
+        peer did the same when it saw our state, and what it sends next relies on it.
+        """
         replicas = [volume.replicas[self.peer] for volume in self._resource.volumes.values()]
-        if any(replica.decision is None for replica in replicas):
+        if self._initial and any(replica.decision is None for replica in replicas):
             return
-        self._round_since = None
-        wrong = [replica for replica in replicas if not replica.acceptable]
+        self._initial = False
+        if all(replica.decision is not None for replica in replicas):
+            self._round_since = None
+        ready = [replica for replica in replicas if replica.decision is not None and not replica.carried_out]
+        wrong = [replica for replica in ready if not replica.acceptable]
         if wrong:
             rules = ", ".join(
                 f"volume {replica.volume.number}: {replica.decision.outcome.value} ({replica.decision.rule})"
@@ -452,9 +461,8 @@ class Connection:
         if self._resource.primary and self.role is Role.PRIMARY:
             self.refuse("both nodes are Primary and two Primaries are not allowed")
             return
-        for replica in replicas:
-            if not replica.carried_out:
-                replica.carry_out()
+        for replica in ready:
+            replica.carry_out()
 
     # --- time
 

@@ -20,15 +20,21 @@ Handler = Callable[[Any, DiskDone], None]
 class Context:
     """Shared by the chapters of one resource; holds no state of the mirror itself."""
 
-    __slots__ = ("_pending", "_token", "new_id", "now", "options", "out")
+    __slots__ = ("_new_id", "_pending", "_token", "now", "options", "out")
 
     def __init__(self, options: Options, new_id: Callable[[], int]) -> None:
         self.options = options
-        self.new_id = new_id
+        self._new_id = new_id
         self.now = 0
         self.out: list[Action] = []
         self._token = 0
         self._pending: dict[int, tuple[Handler, Any]] = {}
+
+    def new_id(self) -> int:
+        """A fresh generation id; never one of the small numbers that have a meaning (0, 1, 4, 5)."""
+        while (fresh := self._new_id()) < 8:
+            pass
+        return fresh
 
     def ask(self, handler: Handler, subject: object) -> int:
         """A fresh token; `handler(subject, event)` will be called with its completion."""

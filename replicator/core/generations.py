@@ -174,7 +174,7 @@ def rules(survivors_count: bool) -> tuple[Rule, ...]:
             Outcome.SOURCE,
         ),
         Rule("equal", _equal, Outcome.NONE),
-        Rule("bitmap", lambda a, b: same(a.bitmap_id, b.current), Outcome.SOURCE),
+        Rule("bitmap", lambda a, b: a.bitmap_id != UNSET and same(a.bitmap_id, b.current), Outcome.SOURCE),
         Rule(
             "history",
             lambda a, b: a.remembers(b.current) and not b.remembers(a.current),

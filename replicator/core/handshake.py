@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from replicator.core.handshake_wire import FEATURE_DIGESTS, Hello, agree_hash
+from replicator.core.handshake_wire import FEATURE_DIGESTS, Hello, agree_hash, unpack_goodbye
 from replicator.core.wire import VERSION, Frame, Kind
 
 #: Feature bits from 32 up state something about the sender and are not negotiated.
@@ -54,6 +54,8 @@ class Candidate:
                 return Fault("the peer saw another handshake than we did: somebody is between us")
             self.agreed = True
             return None
+        if frame.kind is Kind.GOODBYE:
+            return Fault(f"the peer refused: {unpack_goodbye(frame.payload)[1]}")
         return Fault(f"{frame.kind.name} in the middle of the handshake")
 
     def _on_hello(self, frame: Frame, peers: dict[int, str]) -> Frame | Fault:

@@ -84,9 +84,15 @@ class Ledger:
             return
         self.durable, thens = subject
         for then in thens:
-            then()
-        if self._waiting and not self._writing and not self._dead:
+            if self.alive:
+                then()
+        if self.alive and self._waiting and not self._writing:
             self._write()
+
+    @property
+    def alive(self) -> bool:
+        """Not abandoned, and every write so far succeeded (a `then` may change that)."""
+        return not self._dead
 
 
 def slot_index(superblock: Superblock, peer: int) -> int:

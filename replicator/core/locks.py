@@ -12,6 +12,9 @@ happen in the order in which they came (decision 0001, V9).  Which kinds wait fo
 - WANTED, a range requested from the source, never waits: it is taken only where nothing of our own clients is
   under way; when the answer arrives it *becomes* a COPY in its place and then waits for replicated writes only.
 
+LOCAL and PEER never meet on one volume: there is one writer (V6; `WritePath.submit` asserts it).  If they could, WANTED,
+then LOCAL, then PEER on one range would wait for each other.
+
 The table is bucketed by region, so that a lookup among scattered writes touches one short list.
 """
 

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Final
 
 from replicator.core.actions import FlushData
 from replicator.core.events import DiskDone
-from replicator.core.generations import JUST_CREATED, UNSET, Decision, Outcome, Side, decide, remember, same
+from replicator.core.generations import JUST_CREATED, UNSET, Decision, Outcome, Side, decide, same
 from replicator.core.geometry import BLOCK_SHIFT
-from replicator.core.handshake_wire import VolumeState, pack_disk_state, unpack_ranges
+from replicator.core.handshake_wire import VolumeState, pack_disk_state
 from replicator.core.ledger import slot_index, with_slot
-from replicator.core.resync import SyncSource, SyncTarget
+from replicator.core.resync import SyncTarget
+from replicator.core.resync_steps import ResyncSteps, clear_slot
 from replicator.core.states import REPLICATION_MOVES, Disk, DiskMove, Replication, ReplicationMove, move
 from replicator.core.superblock import Superblock
 from replicator.core.wire import Frame, Kind
-from replicator.errors import ProtocolError
 
 if TYPE_CHECKING:
     from replicator.core.connection import Connection
@@ -44,20 +44,14 @@ class Replica:
         self.link: Connection | None = None
         self.replication = Replication.OFF
         self.disk = Disk.DUNKNOWN  # the peer's
-        self.sync: SyncTarget | SyncSource | None = None
         self.decision: Decision | None = None
-        self.paused_here = False
-        self.paused_there = False
         self._round = 0
         self._sent: VolumeState | None = None
         self._received: tuple[int, VolumeState] | None = None
         self._starting = False  # waits to send VOLUME_STATE
-        self._bitmap_end = False
-        self._ready = False
-        self._full = False
         self._surviving = False
         self.carried_out = False
-        self._source_disk = Disk.UP_TO_DATE  # what the source of our resync was when it was chosen
+        self.steps = ResyncSteps(self)
         self.sent_bytes = 0
         self.received_bytes = 0
 
@@ -85,7 +79,7 @@ class Replica:
     @property
     def syncing(self) -> bool:
         """A resync is under way."""
-        return self.sync is not None
+        return self.steps.sync is not None
 
     @property
     def deciding(self) -> bool:
@@ -102,7 +96,7 @@ class Replica:
     @property
     def deadline(self) -> int | None:
         """When the resync wants to be asked again."""
-        return self.sync.deadline if isinstance(self.sync, SyncTarget) else None
+        return self.steps.sync.deadline if isinstance(self.steps.sync, SyncTarget) else None
 
     def covered(self, offset: int, size: int) -> bool:
         """No dirty bit towards the peer in this range: the local copy of a target may be read there."""
@@ -131,13 +125,13 @@ class Replica:
             and not self.volume.group.primary
         )
         self.link = None
-        self._stop()
+        self.steps.stop()
         self.disk = Disk.DUNKNOWN
         self.replication = move(REPLICATION_MOVES, self.replication, ReplicationMove.LOST)
         self.decision = None
         self._starting = False
         self._sent = self._received = None
-        self.paused_there = False
+        self.steps.paused_there = False
         path = self.volume.path
         path.held = path.held_peer = False
         self.volume.refresh()
@@ -172,13 +166,7 @@ class Replica:
 
         volume.path.when_peers_quiet(lambda: flush() if volume.attached is not None else done())
 
-    def _stop(self) -> None:
-        if self.sync is not None:
-            self.sync.cancel()
-            self.sync = None
-        self._bitmap_end = self._ready = False
-
-    def _move(self, happened: ReplicationMove) -> None:
+    def move(self, happened: ReplicationMove) -> None:
         self.replication = move(REPLICATION_MOVES, self.replication, happened)
         self.volume.refresh()
         self.volume.context.notice(
@@ -222,13 +210,15 @@ class Replica:
     def _send_state(self) -> None:
         assert self.link is not None
         self._starting = False
-        self._stop()
-        self._move(ReplicationMove.ROUND)
+        self.steps.stop()
+        self.move(ReplicationMove.ROUND)
         self.decision = None
         self.carried_out = False
         received = self._received
         self._round = max(self._round + 1, received[0] if received else 0)
         self._sent = self.state()
+        # What the peer sends from now on may belong to the outcome: nothing is written before that is carried out.
+        self.volume.path.held_peer = True
         self.link.send(
             Frame(Kind.VOLUME_STATE, self.volume.number, sequence=self._round, payload=self._sent.pack())
         )
@@ -247,7 +237,7 @@ class Replica:
             survived=slot.survivor,
             full_sync=slot.full_sync,
             primary=volume.group.primary and volume.serving,
-            paused=self.paused_here,
+            paused=self.steps.paused_here,
             size_bytes=volume.size,
             current=found.current,
             bitmap_id=slot.bitmap_id,
@@ -259,6 +249,8 @@ class Replica:
         state = VolumeState.unpack(frame.payload)
         if frame.sequence <= 0 or (self._received and frame.sequence < self._received[0]):
             return f"round {frame.sequence} after round {self._received and self._received[0]}"
+        if state.disk != Disk.DISKLESS and same(state.current, UNSET):
+            return "VOLUME_STATE without a current generation"
         self._received = (frame.sequence, state)
         if frame.sequence > self._round:
             self.begin_round()
@@ -333,26 +325,27 @@ class Replica:
         decision, theirs = self.decision, self._received[1]
         self.carried_out = True
         if decision.outcome is Outcome.SOURCE:
-            self._be_source(full=decision.full, fresh_size=theirs.size_bytes)
+            self.steps.be_source(full=decision.full)
         elif decision.outcome is Outcome.TARGET:
-            self._be_target(theirs, full=decision.full)
+            self.steps.be_target(theirs, full=decision.full)
         elif decision.rule == "diskless":
             self._establish()
         elif decision.outcome is Outcome.NO_GOOD_COPY or decision.rule == "just-created-both":
             if decision.rule == "just-created-both":
                 self.volume.agree_size(min(self._sent.size_bytes, theirs.size_bytes))
-            self.volume.path.held = False
-            self.volume.path.wake()
+            self.release()
         else:
             self._no_sync(theirs)
 
     def _establish(self) -> None:
-        self._move(ReplicationMove.NO_SYNC)
-        self._release()
+        self.move(ReplicationMove.NO_SYNC)
+        self.release()
 
-    def _release(self) -> None:
-        self.volume.path.held = False
-        self.volume.path.wake_all()
+    def release(self) -> None:
+        """The round is carried out: writes of both sides go on."""
+        path = self.volume.path
+        path.held = path.held_peer = False
+        path.wake_all()
 
     def _no_sync(self, theirs: VolumeState) -> None:
         """Equal copies: no fork point may remain (V3), and whoever was in doubt no longer is."""
@@ -360,7 +353,7 @@ class Replica:
         lifted = max(volume.disk, Disk(theirs.disk)) >= Disk.CONSISTENT
 
         def change(found: Superblock) -> Superblock:
-            found = self._clear_slot(found)
+            found = clear_slot(found, self.peer)
             return replace(found, was_up_to_date=found.was_up_to_date or lifted, crashed_primary=False)
 
         def done() -> None:
@@ -376,264 +369,25 @@ class Replica:
         else:
             volume.ledger.save(change, done)
 
-    def _clear_slot(self, found: Superblock) -> Superblock:
-        slot = found.peers[slot_index(found, self.peer)]
-        history = remember(found.history, slot.bitmap_id) if slot.bitmap_id != UNSET else found.history
-        return replace(with_slot(found, self.peer, bitmap_id=UNSET, survivor=False), history=history)
-
-    # --- resync, the beginning
-
-    def _send_bitmap(self) -> None:
-        """Our bits for the peer, and from this turn on every write: no third case (decision 0001)."""
-        assert self.link is not None and self.volume.attached is not None
-        number = self.volume.number
-        for first, count, payload in self.volume.attached.bitmaps[self.peer].export_chunks():
-            offset = first << BLOCK_SHIFT
-            size = min(count << BLOCK_SHIFT, self.volume.size - offset)
-            self.link.send(Frame(Kind.BITMAP, number, offset=offset, size=size, payload=payload))
-        self.link.send(Frame(Kind.BITMAP_END, number))
-
-    def _be_source(self, *, full: bool, fresh_size: int) -> None:
-        volume = self.volume
-        self.disk = Disk.INCONSISTENT
-        if full:
-            assert volume.attached is not None
-            volume.attached.bitmaps[self.peer].mark_all()
-        if volume.disk is Disk.CONSISTENT:
-            volume.become(DiskMove.PEER_NOT_NEWER)  # the only other copy has just been found older
-        self._send_bitmap()
-        self._move(ReplicationMove.BE_SOURCE)
-        self._release()
-
-    def _be_target(self, theirs: VolumeState, *, full: bool) -> None:
-        """Step 1 of the resync."""
-        volume, link = self.volume, self.link
-        assert link is not None and volume.attached is not None
-        self._source_disk = Disk(theirs.disk)
-        self._send_bitmap()
-        volume.path.held_peer = True
-        volume.serving = False
-        was_inconsistent = volume.disk is Disk.INCONSISTENT
-        volume.become(DiskMove.BECOME_TARGET)
-        if same(volume.ledger.wanted.current, JUST_CREATED):
-            volume.agree_size(theirs.size_bytes)
-        if full:
-            volume.attached.bitmaps[self.peer].mark_all()
-        self._move(ReplicationMove.BE_TARGET)
-        self._full = full
-
-        def change(found: Superblock) -> Superblock:
-            history = found.history
-            if not was_inconsistent and not same(found.current, theirs.current):
-                history = remember(history, found.current)
-            full_sync = full or found.peers[slot_index(found, self.peer)].full_sync
-            found = with_slot(found, self.peer, bitmap_id=UNSET, survivor=False, full_sync=full_sync)
-            return replace(
-                found,
-                consistent=False,
-                was_up_to_date=False,
-                crashed_primary=False,
-                current=theirs.current,
-                history=history,
-                size_bytes=volume.size,
-                resource_id=link.resource_id,
-            )
-
-        def durable() -> None:
-            if self.link is not link or self.replication is not Replication.WF_BITMAP_T:
-                return
-            volume.path.held_peer = False
-            self._release()
-            link.send(Frame(Kind.SYNC_READY, volume.number))
-            if full:
-                volume.save_pages(self._full_sync_recorded)
-
-        volume.ledger.save(change, durable)
-
-    def _full_sync_recorded(self) -> None:
-        """Every bit of the full sync is on disk: from here a crash resumes instead of beginning again."""
-        volume = self.volume
-        if volume.attached is not None:
-            volume.ledger.save(lambda found: with_slot(found, self.peer, full_sync=False), lambda: None)
-
-    def _source_go(self) -> None:
-        """Step 2: the target is durably Inconsistent and its bits are known."""
-        if not (self._ready and self._bitmap_end):
-            return
-        volume, link = self.volume, self.link
-        assert link is not None
-
-        def change(found: Superblock) -> Superblock:
-            resource_id = link.resource_id
-            return replace(
-                self._clear_slot(found),
-                crashed_primary=False,
-                resource_id=resource_id,
-                size_bytes=volume.size,
-            )
-
-        def durable() -> None:
-            if self.link is not link or self.replication is not Replication.WF_BITMAP_S:
-                return
-            self.sync = SyncSource(volume, volume.context, self.peer, link.send)
-            self._move(ReplicationMove.TARGET_READY)
-            link.send(Frame(Kind.SYNC_START, volume.number))
-            self._apply_pause()
-
-        volume.ledger.save(change, durable)
-
-    def _target_go(self) -> None:
-        assert self.link is not None
-        volume = self.volume
-        self.sync = SyncTarget(
-            volume, volume.context, self.peer, self.link.send, self._finished, full=self._full
-        )
-        self._move(ReplicationMove.SOURCE_READY)
-        volume.context.notice("resync-started", volume=volume.number, dirty_blocks=self.sync.total)
-        self._apply_pause()
-
-    def _finished(self) -> None:
-        """Step 5: no bit is left and everything is stable."""
-        volume, link, sync = self.volume, self.link, self.sync
-        good = self._source_disk is Disk.UP_TO_DATE
-
-        def change(found: Superblock) -> Superblock:
-            found = with_slot(found, self.peer, full_sync=False)
-            return replace(found, consistent=True, was_up_to_date=good)
-
-        def durable() -> None:
-            if self.link is not link or self.sync is not sync or link is None:
-                return
-            self.sync = None
-            volume.become(DiskMove.SYNC_DONE)
-            if not good:
-                volume.become(DiskMove.PEER_IS_NEWER)
-            volume.serving = volume.group.primary
-            self._move(ReplicationMove.FINISHED)
-            assert isinstance(sync, SyncTarget)
-            volume.context.notice(
-                "resync-finished", volume=volume.number, blocks=sync.total, same_blocks=sync.same_blocks
-            )
-            link.send(Frame(Kind.RESYNC_DONE, volume.number))
-            volume.save_pages(lambda: None)
-            if not good:
-                self.begin_round()  # equal now: whoever was in doubt may be lifted
-
-        volume.ledger.save(change, durable)
-
     # --- frames
 
     def on_frame(self, frame: Frame) -> str | None:
         """Something about this volume from this peer.  Returns what is wrong with it, or None."""
-        handler = _HANDLERS.get(frame.kind)
-        if handler is None:
-            return f"{frame.kind.name} has no meaning here"
-        try:
-            return handler(self, frame)
-        except ProtocolError as error:
-            return error.message
-
-    def _on_bitmap(self, frame: Frame) -> str | None:
-        if self._bitmap_end or self.replication not in (Replication.WF_BITMAP_S, Replication.WF_BITMAP_T):
-            return f"BITMAP while {self.replication.value}"
-        attached = self.volume.attached
-        assert attached is not None
-        if frame.offset + frame.size > self.volume.size:
-            return f"BITMAP beyond the end: {frame.offset}+{frame.size} of {self.volume.size}"
-        count = (frame.size + (1 << BLOCK_SHIFT) - 1) >> BLOCK_SHIFT
-        attached.bitmaps[self.peer].merge_chunk(frame.offset >> BLOCK_SHIFT, count, bytes(frame.payload))
-        return None
-
-    def _on_bitmap_end(self, _: Frame) -> str | None:
-        if self._bitmap_end or self.replication not in (Replication.WF_BITMAP_S, Replication.WF_BITMAP_T):
-            return f"BITMAP_END while {self.replication.value}"
-        self._bitmap_end = True
-        self._source_go()
-        return None
-
-    def _on_ready(self, _: Frame) -> str | None:
-        if self._ready or self.replication is not Replication.WF_BITMAP_S:
-            return f"SYNC_READY while {self.replication.value}"
-        self._ready = True
-        self._source_go()
-        return None
-
-    def _on_start(self, _: Frame) -> str | None:
-        if not self._bitmap_end or self.replication is not Replication.WF_BITMAP_T:
-            return f"SYNC_START while {self.replication.value}"
-        self._target_go()
-        return None
-
-    def _on_request(self, frame: Frame) -> str | None:
-        if not isinstance(self.sync, SyncSource):
-            return f"RESYNC_REQUEST while {self.replication.value}"
-        return self.sync.on_request(frame)
-
-    def _on_answer(self, frame: Frame) -> str | None:
-        if not isinstance(self.sync, SyncTarget):
-            return f"{frame.kind.name} while {self.replication.value}"
-        self.received_bytes += len(frame.payload)
-        return self.sync.on_answer(frame)
-
-    def _on_confirm(self, frame: Frame) -> str | None:
-        """Rule zero (V2): only here, and only while the peer copies from us, does a confirmation count."""
-        if not isinstance(self.sync, SyncSource):
-            return f"RESYNC_CONFIRM while {self.replication.value}"
-        for offset, size in unpack_ranges(frame.payload):
-            if offset + size > self.volume.size:
-                return f"RESYNC_CONFIRM beyond the end: {offset}+{size} of {self.volume.size}"
-            if not self.sync.answered(offset, size):
-                return f"RESYNC_CONFIRM of {offset}+{size}, which was never copied"
-            self.volume.confirm(self.peer, offset, size)
-        return None
-
-    def _on_done(self, _: Frame) -> str | None:
-        if not isinstance(self.sync, SyncSource):
-            return f"RESYNC_DONE while {self.replication.value}"
-        if self.volume.dirty_count(self.peer):
-            return f"RESYNC_DONE with {self.volume.dirty_count(self.peer)} blocks not confirmed"
-        self.sync = None
-        self.disk = Disk.UP_TO_DATE if self.volume.disk is Disk.UP_TO_DATE else self.volume.disk
-        self._move(ReplicationMove.FINISHED)
-        self.volume.context.notice("resync-finished", volume=self.volume.number, peer=self.peer)
-        self.volume.save_pages(lambda: None)
-        return None
-
-    # --- pause
-
-    def pause(self, paused: bool) -> None:
-        """The operator's flag."""
-        self.paused_here = paused
-        if self.link is not None:
-            self.link.send(Frame(Kind.SYNC_PAUSE, self.volume.number, payload=bytes([paused])))
-        self._apply_pause()
-
-    def _on_pause(self, frame: Frame) -> str | None:
-        self.paused_there = bool(frame.payload[0])
-        self._apply_pause()
-        return None
-
-    def _apply_pause(self) -> None:
-        paused = self.paused_here or self.paused_there
-        if self.sync is None:
-            return
-        is_paused = self.replication in (Replication.PAUSED_SYNC_S, Replication.PAUSED_SYNC_T)
-        if paused != is_paused:
-            self._move(ReplicationMove.PAUSE if paused else ReplicationMove.RESUME)
-        self.sync.paused = paused
+        if frame.kind is Kind.VOLUME_STATE:
+            return self._on_state(frame)
+        return self.steps.on_frame(frame)
 
     # --- disks, writes, turns
 
     def disk_gone(self, ranges: list[tuple[int, int]]) -> bool:
         """Our disk is gone: stop any resync, tell the peer.  True if its confirmation must be waited for."""
-        self._stop()
+        self.steps.stop()
         self._starting = False
         if self.link is None:
             return False
         confirm = self.has_good_data
         if self.replication is not Replication.OFF:
-            self._move(ReplicationMove.ROUND)
-        self.volume.path.held_peer = False
+            self.move(ReplicationMove.ROUND)
         self.link.send(
             Frame(
                 Kind.DISK_STATE,
@@ -643,15 +397,19 @@ class Replica:
             )
         )
         if confirm:
-            self._move(ReplicationMove.NO_SYNC)  # the peer goes on with our writes
+            self.move(ReplicationMove.NO_SYNC)  # the peer goes on with our writes
+            self.decision, self.carried_out = Decision(Outcome.NONE, "diskless"), True
+            self.release()
+        else:
+            self.decision = None  # when the device is closed, a new round tells what is left
         return confirm
 
     def peer_disk_gone(self) -> None:
         """The peer's disk is gone: nothing reaches it any more."""
-        self._stop()
+        self.steps.stop()
         self.disk = Disk.DISKLESS
-        self._move(ReplicationMove.ROUND)
-        self._move(ReplicationMove.NO_SYNC)
+        self.move(ReplicationMove.ROUND)
+        self.move(ReplicationMove.NO_SYNC)
         self._starting = False
         self.decision = Decision(Outcome.NONE, "diskless")
 
@@ -663,8 +421,8 @@ class Replica:
 
     def settle(self) -> None:
         """Once per turn."""
-        if isinstance(self.sync, SyncTarget):
-            self.sync.pull()
+        if isinstance(self.steps.sync, SyncTarget):
+            self.steps.sync.pull()
 
 
 def lineage_text(state: VolumeState) -> str:
@@ -676,20 +434,3 @@ def lineage_text(state: VolumeState) -> str:
         name for name in ("crashed_primary", "survived", "full_sync", "primary") if getattr(state, name)
     )
     return f"{ids} disk={Disk(state.disk).word} dirty={state.dirty_count}{' ' + flags if flags else ''}"
-
-
-_HANDLERS: Final[dict[Kind, Callable[[Replica, Frame], str | None]]] = {
-    Kind.VOLUME_STATE: Replica._on_state,
-    Kind.BITMAP: Replica._on_bitmap,
-    Kind.BITMAP_END: Replica._on_bitmap_end,
-    Kind.SYNC_READY: Replica._on_ready,
-    Kind.SYNC_START: Replica._on_start,
-    Kind.RESYNC_REQUEST: Replica._on_request,
-    Kind.RESYNC_DATA: Replica._on_answer,
-    Kind.RESYNC_ZERO: Replica._on_answer,
-    Kind.RESYNC_EQUAL: Replica._on_answer,
-    Kind.RESYNC_FAILED: Replica._on_answer,
-    Kind.RESYNC_CONFIRM: Replica._on_confirm,
-    Kind.RESYNC_DONE: Replica._on_done,
-    Kind.SYNC_PAUSE: Replica._on_pause,
-}

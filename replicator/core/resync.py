@@ -72,7 +72,7 @@ SendFrame = Callable[[Frame], None]
 class Copy:
     """One requested range."""
 
-    __slots__ = ("data", "digest", "lock", "offset", "ready", "sequence", "size", "zero")
+    __slots__ = ("asked", "data", "digest", "lock", "offset", "ready", "sequence", "size", "zero")
 
     def __init__(self, offset: int, size: int, ready: Callable[[Copy], None]) -> None:
         self.offset = offset
@@ -80,6 +80,7 @@ class Copy:
         self.lock = Lock(LockKind.WANTED, offset, offset + size, self)
         self.ready = ready
         self.sequence = 0
+        self.asked = False  # the request was sent
         self.digest = False
         self.zero = False
         self.data: bytes | bytearray | memoryview = b""
@@ -202,6 +203,7 @@ class SyncTarget:
             self._sequence += 1
             copy.sequence = self._sequence
         self._requests[copy.sequence] = copy
+        copy.asked = True
         self._send(
             Frame(
                 Kind.RESYNC_REQUEST,
@@ -224,7 +226,7 @@ class SyncTarget:
     def on_answer(self, frame: Frame) -> str | None:
         """RESYNC_DATA, RESYNC_ZERO, RESYNC_EQUAL or RESYNC_FAILED.  Returns what is wrong with it, or None."""
         copy = self._requests.get(frame.sequence)
-        if copy is None or copy.offset != frame.offset or copy.size != frame.size:
+        if copy is None or not copy.asked or copy.offset != frame.offset or copy.size != frame.size:
             return f"answer {frame.sequence} to no resync request of ours"
         if frame.kind is Kind.RESYNC_EQUAL and not copy.digest:
             return f"answer {frame.sequence} says equal, but no digest was sent"
@@ -233,7 +235,7 @@ class SyncTarget:
         self._judge(copy, equal=frame.kind is Kind.RESYNC_EQUAL)
         if frame.kind is Kind.RESYNC_FAILED:
             self.failed_bytes += copy.size
-            self._not_before = self._context.now + RETRY_NS
+            self._not_before = max(self._not_before, self._context.now + RETRY_NS)
             self._context.notice(
                 "resync-read-failed", volume=self._home.number, offset=copy.offset, size=copy.size
             )
@@ -242,6 +244,7 @@ class SyncTarget:
         if frame.kind is Kind.RESYNC_EQUAL:
             self.same_blocks += (copy.size + BLOCK - 1) >> BLOCK_SHIFT
             self._copied.append((copy.offset, copy.size))  # still to be made stable before it counts
+            self._copied_bytes += copy.size
             self._end(copy)
             return None
         copy.zero = frame.kind is Kind.RESYNC_ZERO
@@ -271,6 +274,9 @@ class SyncTarget:
             self._digest_tries = self._digest_hits = 0
 
     def _write(self, copy: Copy) -> None:
+        if self._over:  # the disk or the link went while it waited for its turn
+            self._end(copy)
+            return
         token = self._context.ask(self._written, copy)
         if copy.zero:
             self._context.out.append(ZeroData(self._home.number, token, copy.offset, copy.size, True, False))
@@ -349,6 +355,10 @@ class SyncSource:
         return None
 
     def _read(self, read: SourceRead) -> None:
+        if self._over:
+            self._bytes -= read.frame.size
+            self._home.locks.release(read.lock)
+            return
         token = self._context.ask(self._done, read)
         self._context.out.append(ReadData(self._home.number, token, read.frame.offset, read.frame.size))
 

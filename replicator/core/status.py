@@ -90,7 +90,11 @@ def _connection(resource: Resource, connection: Connection) -> dict[str, object]
 def _peer_device(resource: Resource, volume: Volume, replica: Replica) -> dict[str, object]:
     dirty = volume.dirty_count(replica.peer)
     blocks = max(1, volume.blocks)
-    paused = [word for word, flag in (("user", replica.paused_here), ("peer", replica.paused_there)) if flag]
+    paused = [
+        word
+        for word, flag in (("user", replica.steps.paused_here), ("peer", replica.steps.paused_there))
+        if flag
+    ]
     entry: dict[str, object] = {
         "volume": volume.number,
         "replication-state": replica.replication.value,
@@ -102,15 +106,15 @@ def _peer_device(resource: Resource, volume: Volume, replica: Replica) -> dict[s
         "pending": 0,
         "unacked": 0,
         "percent-in-sync": round(100 * (1 - dirty / blocks), 2),
-        "has-sync-details": replica.sync is not None,
+        "has-sync-details": replica.steps.sync is not None,
     }
-    if replica.sync is not None:
+    if replica.steps.sync is not None:
         entry |= _progress(resource, replica, dirty)
     return entry
 
 
 def _progress(resource: Resource, replica: Replica, dirty: int) -> dict[str, object]:
-    sync = replica.sync
+    sync = replica.steps.sync
     assert sync is not None
     total = max(sync.total, dirty, 1)
     done = total - dirty
@@ -146,7 +150,7 @@ def _entry(scope: str, code: str, text: str, do: str) -> dict[str, str]:
 
 def _disk_reasons(resource: Resource, volume: Volume) -> list[dict[str, str]]:
     name, scope = resource.options.resource, f"volume {volume.number}"
-    synced = any(replica.sync is not None or replica.deciding for replica in volume.replicas.values())
+    synced = any(replica.steps.sync is not None or replica.deciding for replica in volume.replicas.values())
     if volume.disk in (Disk.DISKLESS, Disk.FAILED):
         why = volume.error or "it was detached or never attached"
         return [
@@ -235,7 +239,7 @@ def _connection_reasons(resource: Resource, connection: Connection) -> list[dict
                 )
             )
         elif replica.replication in (Replication.PAUSED_SYNC_S, Replication.PAUSED_SYNC_T):
-            on = resource.options.node_name if replica.paused_here else connection.name
+            on = resource.options.node_name if replica.steps.paused_here else connection.name
             found.append(
                 _entry(
                     where,

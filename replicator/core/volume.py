@@ -85,6 +85,8 @@ class Volume:
         self.bitmap_writes = 0
         self._attaching: Attaching | None = None
         self._rotating = False
+        self._writing_pages = False
+        self._page_waiters: list[Callable[[], None]] = []
         self._checkpoint_at = 0
         self._last_gasp = False  # the write that marks a lost disk Outdated is under way
         self._farewells: set[int] = set()  # peers that have not confirmed that our disk is gone
@@ -186,8 +188,8 @@ class Volume:
 
     def disk_error(self, what: str, error: int) -> None:
         """A write or flush failed: V8."""
-        if self.disk in (Disk.FAILED, Disk.DISKLESS):
-            return
+        if self.disk in (Disk.FAILED, Disk.DISKLESS, Disk.DETACHING):
+            return  # it is being let go already
         self.context.notice("disk-failed", volume=self.number, operation=what, errno=error)
         self.error = f"a {what} failed with errno {error}"
         ranges = [] if self.attached is None else self._hot_ranges(self.attached)
@@ -230,18 +232,47 @@ class Volume:
         self.group.rotated()
 
     def save_pages(self, then: Callable[[], None]) -> None:
-        """Write every changed bitmap page, then call `then`."""
+        """Write every bitmap page that is changed now; call `then` when they are on disk.
+
+        One write at a time: a page that is on its way counts as changed until it has arrived, for everybody who waits.
+        """
         if self.attached is None:
             return
-        pieces = bitmap_pieces(self.attached, PAGES_MAX)
+        self._page_waiters.append(then)
+        if not self._writing_pages:
+            self._write_pages(self.attached)
+
+    def _write_pages(self, attached: Attached) -> None:
+        pieces = bitmap_pieces(attached, PAGES_MAX)
+        complete = not any(bitmap.changed_page_count for bitmap in attached.bitmaps.values())
+        waiters: list[Callable[[], None]] = []
+        if complete:
+            waiters, self._page_waiters = self._page_waiters, []
         if not pieces:
-            then()
+            for then in waiters:
+                then()
             return
+        self._put_pages(attached, pieces, waiters)
+
+    def _put_pages(
+        self, attached: Attached, pieces: list[tuple[int, bytes]], waiters: list[Callable[[], None]]
+    ) -> None:
+        self._writing_pages = True
         self.bitmap_writes += len(pieces)
-        token = self.context.ask(
-            lambda _, event: self._metadata_done(event, lambda: self.save_pages(then)), None
-        )
-        self.context.out.append(WriteMeta(self.number, token, pieces))
+
+        def done(_: None, event: DiskDone) -> None:
+            if self.attached is not attached:
+                return
+            self._writing_pages = False
+            if event.error:
+                self.disk_error("metadata write", event.error)
+                return
+            for then in waiters:
+                then()
+            if self._page_waiters and not self._writing_pages and self.attached is attached:
+                self._write_pages(attached)
+
+        self.context.out.append(WriteMeta(self.number, self.context.ask(done, None), pieces))
 
     def empty_log(self, then: Callable[[], None]) -> None:
         """Take everything out of the activity log (every epoch must be retired), then call `then`."""
@@ -280,7 +311,7 @@ class Volume:
             replica.settle()
         if attached is None:
             return
-        if attached.log.pending and not attached.log.in_flight:
+        if attached.log.pending and not attached.log.in_flight and not self._writing_pages:
             self._next_transaction(attached)
         now = self.context.now
         if now - self._checkpoint_at >= CHECKPOINT_NS:
@@ -316,9 +347,7 @@ class Volume:
                 self._metadata_done(event, self.path.wake_cold)
 
         if pieces:
-            self.bitmap_writes += len(pieces)
-            token = self.context.ask(lambda _, event: self._metadata_done(event, write_block), None)
-            self.context.out.append(WriteMeta(self.number, token, pieces))
+            self._put_pages(attached, pieces, [write_block])
         else:
             write_block()
 
@@ -381,7 +410,10 @@ class Volume:
         """Close the disk at the end of the process: nothing is told to the peer, nothing marked."""
         if self.disk is Disk.DISKLESS:
             return
-        if self.disk not in (Disk.FAILED, Disk.DETACHING):
+        if self.disk is Disk.ATTACHING:
+            self._attaching = None
+            self.context.out.append(CloseDisk(self.number))
+        elif self.disk not in (Disk.FAILED, Disk.DETACHING):
             self.disk = move(DISK_MOVES, self.disk, DiskMove.DETACH)
             self.context.out.append(CloseDisk(self.number))
         self.attached = None
@@ -398,7 +430,8 @@ class Volume:
         """Decision 0001, "Disk failure": mark the disk Outdated, tell the peer, freeze replies until both are done."""
         attached, self.attached = self.attached, None
         self._attaching = None
-        self._rotating = False
+        self._rotating = self._writing_pages = False
+        self._page_waiters.clear()
         self.serving = False
         self.path.frozen = True
         self._farewells = set()

@@ -167,6 +167,8 @@ class WritePath:
         self.in_flight += 1
         if write.origin != self._me:
             self._peer_in_flight += 1
+        # One writer (V6): LOCAL and PEER locks never meet on a volume, or the lock table could deadlock.
+        assert self._peer_in_flight in (0, self.in_flight), "two writers"
         self._advance(write)
 
     def when_peers_quiet(self, then: Callable[[], None]) -> None:

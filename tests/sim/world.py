@@ -91,7 +91,9 @@ class Node:
         self.world.trace(self.id, "boot")
         self.command("attach", lambda _: self.command("connect"))
 
-    def command(self, verb: str, then: Callable[[act.CommandDone], None] | None = None, **args: object) -> int:
+    def command(
+        self, verb: str, then: Callable[[act.CommandDone], None] | None = None, **args: object
+    ) -> int:
         """An operator's command; `then` gets the answer."""
         token = next(self.world.serial)
         if then is not None:
@@ -99,7 +101,9 @@ class Node:
         self.step(ev.Command(token, verb, args))
         return token
 
-    def request(self, then: Callable[[act.Reply], None], io: ev.Io, offset: int, size: int, **more: object) -> None:
+    def request(
+        self, then: Callable[[act.Reply], None], io: ev.Io, offset: int, size: int, **more: object
+    ) -> None:
         """A client's request on volume 0 unless `volume` is given."""
         token = next(self.world.serial)
         self.replies[token] = then
@@ -123,7 +127,9 @@ class Node:
         for action in self.resource.drain():
             self.world.perform(self, action)
         deadline = self.resource.deadline
-        if deadline is not None and (self._tick_at is None or deadline < self._tick_at or self._tick_at <= self.world.now):
+        if deadline is not None and (
+            self._tick_at is None or deadline < self._tick_at or self._tick_at <= self.world.now
+        ):
             due = max(deadline, self.world.now + 1)
             self._tick_at = due
             self.world.after(due - self.world.now, lambda: self._tick(life, due))
@@ -186,7 +192,9 @@ class World:
         """Call later (nanoseconds)."""
         heapq.heappush(self._heap, (self.now + delay, next(self.serial), call))
 
-    def run(self, until: Callable[[], bool] | None = None, limit: int = 60 * SECOND, events_max: int = 2_000_000) -> bool:
+    def run(
+        self, until: Callable[[], bool] | None = None, limit: int = 60 * SECOND, events_max: int = 2_000_000
+    ) -> bool:
         """Run until the condition holds; False if `limit` simulated ns pass first."""
         end = self.now + limit
         for _ in range(events_max):
@@ -215,7 +223,9 @@ class World:
         handler = getattr(self, f"_do_{name.lower()}")
         handler(node, action)
 
-    def _disk_op(self, node: Node, volume: int, token: int, apply: Callable[[Disk], bytes | None], stable: str = "") -> None:
+    def _disk_op(
+        self, node: Node, volume: int, token: int, apply: Callable[[Disk], bytes | None], stable: str = ""
+    ) -> None:
         disk = node.disks[volume]
         life = node.life
         serial = next(self.serial)
@@ -252,14 +262,20 @@ class World:
         return int(base * (0.2 + spread * (20 if spread > 0.97 else 2)))
 
     def _do_readdata(self, node: Node, a: act.ReadData) -> None:
-        self._disk_op(node, a.volume, a.token, lambda disk: bytes(disk.data.seen[a.offset : a.offset + a.size]))
+        self._disk_op(
+            node, a.volume, a.token, lambda disk: bytes(disk.data.seen[a.offset : a.offset + a.size])
+        )
 
     def _do_writedata(self, node: Node, a: act.WriteData) -> None:
         data = bytes(a.data)
-        self._disk_op(node, a.volume, a.token, lambda disk: disk.data.write(a.offset, data), "data" if a.fua else "")
+        self._disk_op(
+            node, a.volume, a.token, lambda disk: disk.data.write(a.offset, data), "data" if a.fua else ""
+        )
 
     def _do_zerodata(self, node: Node, a: act.ZeroData) -> None:
-        self._disk_op(node, a.volume, a.token, lambda d: d.data.write(a.offset, bytes(a.size)), "data" if a.fua else "")
+        self._disk_op(
+            node, a.volume, a.token, lambda d: d.data.write(a.offset, bytes(a.size)), "data" if a.fua else ""
+        )
 
     def _do_flushdata(self, node: Node, a: act.FlushData) -> None:
         # The flush covers what was complete when it was asked for: writes applied later stay in the cache.
@@ -474,9 +490,9 @@ class World:
                 life = node.life
                 self.after(
                     self._net_delay(),
-                    lambda node=node, end=end, life=life: node.step(ev.LinkDown(end.number, "connection reset"))
-                    if node.life == life
-                    else None,
+                    lambda node=node, end=end, life=life: (
+                        node.step(ev.LinkDown(end.number, "connection reset")) if node.life == life else None
+                    ),
                 )
 
     def cut_all(self) -> None:

@@ -124,7 +124,7 @@ print([name for name in {heavy} if name in sys.modules])
     assert done.stdout == "[]\n"
 
 
-# -- targets and errors ---------------------------------------------------------------------------------------
+# -- targets and errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("home")
@@ -312,6 +312,7 @@ def test_a_wait_for_the_sync_of_two_worthless_copies_is_in_vain() -> None:
 
 
 def test_the_amount_of_a_resync_is_what_was_and_is_out_of_sync() -> None:
-    syncing = seen(replication="SyncSource", **{"has-sync-details": True, "rs-total": 100, "out-of-sync": 25})
+    details: dict[str, Any] = {"has-sync-details": True, "rs-total": 100, "out-of-sync": 25}
+    syncing = seen(replication="SyncSource", **details)
     assert watch.amount(syncing) == (75 * 1024, 100 * 1024)
     assert watch.amount(seen()) == (0, 0)

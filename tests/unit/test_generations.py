@@ -360,9 +360,6 @@ def test_under_protocol_a_nobody_survives_a_primary_because_it_may_be_ahead() ->
     assert decide(crashed, stayed, survivors_count=True).outcome is Outcome.TARGET
 
 
-@pytest.mark.xfail(
-    reason="generations.py, rule 'bitmap': an unset fork point equals an unset current", strict=True
-)
 def test_no_fork_point_is_not_a_fork_point_even_if_the_peer_sends_nonsense() -> None:
     decision = decide(A, replace(B, current=UNSET), survivors_count=True)
     assert decision.outcome is Outcome.UNRELATED

@@ -154,9 +154,6 @@ def test_a_failure_after_abandon_is_nobody_s_business() -> None:
     assert fake.failures == []
 
 
-@pytest.mark.xfail(
-    reason="ledger.py, _written: the loop goes on after one of those called abandons", strict=True
-)
 def test_abandon_by_one_who_is_called_silences_those_behind_it() -> None:
     fake = Fake()
     fake.set(101)

@@ -42,11 +42,6 @@ SIZE = 6 * MIB + 3 * 512  # the last block is a part of one
 DiskAction = ReadData | WriteData | ZeroData | FlushData
 
 
-def broken(where: str) -> pytest.MarkDecorator:
-    """A defect of resync.py that this test found; take the mark away with the defect."""
-    return pytest.mark.xfail(reason=f"resync.py, {where}", strict=True)
-
-
 class Node:
     """What a resync sees of its volume, with a disk in memory; `stable` is what a power cut leaves."""
 
@@ -356,7 +351,6 @@ def test_auto_tries_digests_on_a_full_sync_only_and_gives_them_up_when_nothing_i
     assert max(size for _, size in mirror.requested) == CHUNK
 
 
-@broken("on_answer: equal ranges do not count towards FLUSH_BYTES, their list grows without bound")
 def test_a_long_stretch_of_equal_data_is_confirmed_now_and_then() -> None:
     data = bytes(FLUSH_BYTES + 8 * MIB)
     mirror = Mirror(data, data, checksum_sync="always").dirty().begin()
@@ -455,7 +449,6 @@ def test_a_range_that_the_source_cannot_read_is_asked_for_again_later() -> None:
     assert mirror.target.data == mirror.source.data
 
 
-@broken("on_answer: a failed read sets _not_before back, even when the rate asks for longer")
 def test_a_failed_read_is_no_way_around_the_rate() -> None:
     mirror = Mirror(noise(1), noise(2), rate=CHUNK // 20).dirty().begin()
     mirror.source.fail = {ReadData: errno.EIO}
@@ -491,7 +484,6 @@ def test_cancel_while_digests_are_read_or_a_flush_is_under_way_ends_in_silence()
     assert mirror.target.sent == [] and mirror.target.bitmap.dirty_count == CHUNK // BLOCK
 
 
-@broken("SyncTarget._write: a cancelled copy that waited is written, perhaps to a closed disk")
 def test_a_copy_that_waits_when_the_resync_is_cancelled_is_not_begun() -> None:
     mirror = Mirror(noise(1, CHUNK), noise(2, CHUNK)).dirty().begin()
     mirror.here.pull()
@@ -504,7 +496,6 @@ def test_a_copy_that_waits_when_the_resync_is_cancelled_is_not_begun() -> None:
     assert mirror.target.asked() == [] and mirror.target.locks.count == 0
 
 
-@broken("SyncSource._read: a cancelled read that waited is begun, perhaps on a closed disk")
 def test_a_read_that_waits_when_the_source_is_cancelled_is_not_begun() -> None:
     mirror = Mirror(noise(1), noise(2)).begin()
     write = Lock(LockKind.LOCAL, 0, BLOCK, None)
@@ -589,7 +580,6 @@ def test_an_answer_to_no_request_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.RESYNC_EQUAL, Kind.RESYNC_ZERO])
-@broken("_request_next: a request whose digest is still being computed can be answered")
 def test_an_answer_to_a_request_that_was_not_sent_yet_is_refused(kind: Kind) -> None:
     mirror = Mirror(noise(1), noise(2), checksum_sync="always").dirty().begin()
     mirror.here.pull()

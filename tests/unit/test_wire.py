@@ -114,8 +114,7 @@ def test_a_write_has_exactly_the_bytes_of_the_specification() -> None:
               size=512, payload=data)
     )  # fmt: skip
     expected = (  # checksums from a bitwise CRC-32, not from the code under test
-        "52504c4b 01 14 0001 0102 0000 00000200 1122334455667788 0000000000010000 "
-        "00000200 1c613576 48526ea3"
+        "52504c4b 01 14 0001 0102 0000 00000200 1122334455667788 0000000000010000 00000200 1c613576 48526ea3"
     )
     assert bytes(parts[0]).hex() == expected.replace(" ", "")
     assert parts[1] is data
@@ -322,9 +321,7 @@ def test_a_length_out_of_bounds_is_refused_before_the_payload_arrives(kind: Kind
     rule = RULES[kind]
     size = 512 if rule.size_max else 0
     legal = rule.length_min
-    assert opened().feed(header(kind, size=size, length=legal)) == (
-        [] if legal else [Frame(kind, size=size)]
-    )
+    assert opened().feed(header(kind, size=size, length=legal)) == ([] if legal else [Frame(kind, size=size)])
     lengths = {rule.length_min - 1, rule.length_max + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1} - {-1}
     for length in lengths:
         assert "payload of" in refusal(header(kind, size=size, length=length))
