@@ -17,11 +17,28 @@ LINES_HARD_MAX = 600
 FUNCTION_LINES_MAX = 60
 
 #: Modules above LINES_MAX, each with the reason why two would be worse.
-LONG: dict[str, str] = {}
+LONG: dict[str, str] = {
+    "replicator/core/connection.py": "losing a peer is one sequence, and everything it ends is here",
+    "replicator/core/replica.py": "what a round asks, decides and begins is one story",
+    "replicator/core/resource.py": "dispatch: one place where every event is seen",
+    "replicator/core/resync.py": "target and source: each half explains the other",
+    "replicator/core/volume.py": "the only place where bits are set, and all reasons for it",
+}
 
-#: Rule zero (decision 0001, V2): the only callers of what clears dirty bits.
-BIT_CLEARERS = {"confirm", "clear_all_asserted_identical"}
-MAY_CLEAR_BITS = {"replicator/core/bitmap.py", "replicator/core/volume.py", "replicator/core/resync.py"}
+#: Rule zero (decision 0001, V2): every place in the product that names what clears dirty bits, as it is spelled.
+CLEARS_BITS = {"confirm", "clear_all_asserted_identical", "clear_range"}
+MAY_CLEAR_BITS: dict[str, set[str]] = {
+    # the bitmap itself; `clear_range` also at decode, for the bits behind the last block
+    "replicator/core/bitmap.py": {"kernels.clear_range", "self.confirm"},
+    # `Volume.confirm`, which a resync calls
+    "replicator/core/volume.py": {"self.attached.bitmaps[peer].confirm"},
+    "replicator/core/resync.py": {"self._home.confirm"},
+    "replicator/core/resync_steps.py": {"self.volume.confirm"},
+    # the operator's word instead of a copy
+    "replicator/core/identity.py": {"volume.attached.bitmaps[connection.peer].clear_all_asserted_identical"},
+    # another thing of that name: the peer confirms an epoch of the transfer log
+    "replicator/core/connection.py": {"self._resource.log.confirm"},
+}
 
 #: Spelled in halves, so that this file does not contain them.
 UNFINISHED = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "X" + "XX"]) + r")\b")
@@ -41,9 +58,7 @@ def name(path: Path) -> str:
 
 PRODUCT = sorted(PACKAGE.rglob("*.py")) + sorted(filter(is_python_script, (ROOT / "agents").rglob("*")))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-PURE = [
-    path for path in PRODUCT if path.is_relative_to(PACKAGE / "core") or path.is_relative_to(PACKAGE / "nbd")
-]
+PURE = [path for path in PRODUCT if path.is_relative_to(PACKAGE / "core") or path.is_relative_to(PACKAGE / "nbd")]
 TREES = {path: ast.parse(path.read_text(), filename=str(path)) for path in PRODUCT + TESTS}
 
 product = pytest.mark.parametrize("path", PRODUCT, ids=name)
@@ -112,14 +127,17 @@ def test_pure_code_neither_prints_nor_opens(path: Path) -> None:
 
 @product
 def test_only_those_who_may_clear_a_dirty_bit_do(path: Path) -> None:
-    if name(path) not in MAY_CLEAR_BITS:
-        assert [(call, line) for call, line, method in calls(path) if call in BIT_CLEARERS and method] == []
+    # Named is enough: a method may be kept and called later.
+    found = {
+        ast.unparse(node)
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Attribute) and node.attr in CLEARS_BITS
+    }
+    assert found == MAY_CLEAR_BITS.get(name(path), set())
 
 
 def test_there_is_no_drawer_for_odds_and_ends() -> None:
-    assert [
-        name(path) for path in PRODUCT if path.stem in {"utils", "util", "helpers", "misc", "common"}
-    ] == []
+    assert [name(path) for path in PRODUCT if path.stem in {"utils", "util", "helpers", "misc", "common"}] == []
 
 
 def test_every_chapter_of_the_core_is_in_the_reading_order() -> None:

@@ -99,13 +99,9 @@ class Demo:
         """Configuration, keys, metadata."""
         alpha, beta = self.alpha, self.beta
         root = alpha.directory.parent
-        self.say(
-            f"Two nodes, alpha and beta, live in {root}: a directory and a {DISK} file as disk for each."
-        )
+        self.say(f"Two nodes, alpha and beta, live in {root}: a directory and a {DISK} file as disk for each.")
         (root / f"{RESOURCE}.toml").write_text(CONFIG + alpha.section() + beta.section())
-        self.say(
-            "Each node makes a key, and is given the other's certificate: the link is TLS, pinned both ways."
-        )
+        self.say("Each node makes a key, and is given the other's certificate: the link is TLS, pinned both ways.")
         for node in (alpha, beta):
             keys.generate(node.name, node.key_dir)
         for node, other in ((alpha, beta), (beta, alpha)):
@@ -125,9 +121,7 @@ class Demo:
             node.start()
         for node in (alpha, beta):
             node.wait("connected", lambda status: _link(status) == "Connected")
-        self.say(
-            "new-current-uuid --clear-bitmap: both files are empty, hence equal. No first sync is needed."
-        )
+        self.say("new-current-uuid --clear-bitmap: both files are empty, hence equal. No first sync is needed.")
         alpha.tell("new-current-uuid", volume=0, clear_bitmap=True)
         for node in (alpha, beta):
             node.wait("UpToDate", lambda status: _disks(status) == ("UpToDate", "UpToDate"))

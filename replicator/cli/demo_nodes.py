@@ -92,9 +92,7 @@ class Node:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for us, and we end it
             )
-        self.wait(
-            "its disk", lambda status: status["devices"][0]["disk-state"] not in ("Attaching", "Diskless")
-        )
+        self.wait("its disk", lambda status: status["devices"][0]["disk-state"] not in ("Attaching", "Diskless"))
 
     def kill(self) -> None:
         """SIGKILL: no farewell, no flush."""

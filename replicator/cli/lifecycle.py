@@ -60,9 +60,7 @@ def up(args: Namespace) -> int:
 
 def down(args: Namespace) -> int:
     """End it in order; a resource that does not run is down already."""
-    return targets.each(
-        args, targets.parse(args.target, volumes=False), lambda one: _down(one, force=args.force)
-    )
+    return targets.each(args, targets.parse(args.target, volumes=False), lambda one: _down(one, force=args.force))
 
 
 def _up(one: Target) -> None:
@@ -169,9 +167,7 @@ def _down(one: Target, *, force: bool) -> None:
     with _process(pid) as handle:
         ask(one, "down", {"force": force})
         if handle is not None and not select.select([handle], [], [], DOWN_S)[0]:
-            raise NotRunning(
-                f"it is down, but process {pid} does not end", hint=f"see its log, then kill {pid}"
-            )
+            raise NotRunning(f"it is down, but process {pid} does not end", hint=f"see its log, then kill {pid}")
 
 
 @contextmanager

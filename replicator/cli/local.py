@@ -48,9 +48,7 @@ def keygen(args: Namespace) -> int:
 
     node, directory = config.local_node_name(), config.key_dir()
     if args.rotate and args.activate:
-        raise UsageError(
-            "--rotate makes the next key, --activate uses it", hint="between the two every peer needs it"
-        )
+        raise UsageError("--rotate makes the next key, --activate uses it", hint="between the two every peer needs it")
     if args.activate:
         shown, path, what = keys.activate_next(directory), directory / keys.CERTIFICATE_FILE, "now in use"
     elif args.rotate:
@@ -306,19 +304,12 @@ def gi_lines(name: str, gi: Mapping[str, Any], names: Mapping[int, str]) -> list
         f"  current: {gi['current']}   the generation of the data here",
     ]
     past = [old for old in gi["history"] if int(old, 16)]
-    lines += [
-        f"  history: {old}   {'generations before it' if not n else ''}".rstrip()
-        for n, old in enumerate(past)
-    ]
+    lines += [f"  history: {old}   {'generations before it' if not n else ''}".rstrip() for n, old in enumerate(past)]
     lines += _flag_lines("  ", gi, VOLUME_FLAGS)
     for peer in gi["peers"]:
         number = peer["node-id"]
         lines.append(f"  peer {names.get(number, 'unknown')} (node id {number})")
-        since = (
-            "the peer has had everything since"
-            if not int(peer["bitmap"], 16)
-            else "the peer lacks writes since"
-        )
+        since = "the peer has had everything since" if not int(peer["bitmap"], 16) else "the peer lacks writes since"
         lines.append(f"    bitmap:  {peer['bitmap']}   {since}")
         lines.append(f"    dirty:   {peer['dirty-blocks']} blocks of 4 KiB to copy")
         lines += _flag_lines("    ", peer, PEER_FLAGS)

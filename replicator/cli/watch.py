@@ -55,9 +55,7 @@ def status(args: Namespace) -> int:
         sys.stdout.write(render.status_json(found))
     elif found or not absent:
         colour = sys.stdout.isatty()
-        sys.stdout.write(
-            render.status_text(found, verbose=args.verbose, statistics=args.statistics, colour=colour)
-        )
+        sys.stdout.write(render.status_text(found, verbose=args.verbose, statistics=args.statistics, colour=colour))
     if not args.json and chosen is None:
         for name in absent:
             print(f"{name} not running\n    do: replicator up {name}\n")
@@ -67,9 +65,7 @@ def status(args: Namespace) -> int:
 def events(args: Namespace) -> int:
     """The present state, then changes as they happen, of one resource or of all that run."""
     named = bool(args.target) and args.target != "all"
-    found = (
-        targets.parse(args.target, volumes=False) if named else [Target(n) for n in config.resource_names()]
-    )
+    found = targets.parse(args.target, volumes=False) if named else [Target(n) for n in config.resource_names()]
     failed: list[ReplicatorError] = []
     lock = threading.Lock()
 

@@ -192,9 +192,7 @@ def _resource(document: dict[str, object], path: Path, report: _Report) -> Resou
     )
 
 
-def _refuse_unknown(
-    table: Mapping[str, object], known: Iterable[str], kind: str, where: str, report: _Report
-) -> None:
+def _refuse_unknown(table: Mapping[str, object], known: Iterable[str], kind: str, where: str, report: _Report) -> None:
     possible = tuple(known)
     for key in table:
         if key in possible:
@@ -250,9 +248,7 @@ def _volumes(section: type[_Section], tables: object, where: str, report: _Repor
     for text, table in tables.items():
         number = int(text) if text.isascii() and text.isdigit() and len(text) <= 5 else -1
         if str(number) != text or number > VOLUME_NUMBER_MAX:
-            report(
-                _join(where, text), "not a volume number", f"0 to {VOLUME_NUMBER_MAX}, without leading zeroes"
-            )
+            report(_join(where, text), "not a volume number", f"0 to {VOLUME_NUMBER_MAX}, without leading zeroes")
             continue
         volume = _section(section, table, f"{where}.{number}", report, number=number)
         if volume is not None:
@@ -307,9 +303,7 @@ def _check_addresses(nodes: list[Node], net: Net, report: _Report) -> None:
         if other != node.name:
             report(key, f"{address} is the address of {other} too", "every node has its own")
         if address.version != nodes[0].address.version:
-            report(
-                key, f"{address} and {nodes[0].address} cannot reach each other", "use IPv4 or IPv6 for both"
-            )
+            report(key, f"{address} and {nodes[0].address} cannot reach each other", "use IPv4 or IPv6 for both")
         if address.port >= EPHEMERAL_PORT_MIN and not net.allow_ephemeral_port:
             hint = "two nodes can connect to themselves there; net.allow-ephemeral-port = true allows it"
             report(key, f"port {address.port} is not below {EPHEMERAL_PORT_MIN}", hint)
@@ -329,9 +323,7 @@ def _check_volumes(document: Mapping[str, object], report: _Report) -> None:
             continue  # reported where it was read
         for number in volumes:
             if number not in there:
-                report(
-                    _join(_join("node", name), f"volume.{number}"), "missing", "every node has every volume"
-                )
+                report(_join(_join("node", name), f"volume.{number}"), "missing", "every node has every volume")
         for number in there:
             if number not in volumes:
                 hint = f"add [volume.{number}]"

@@ -171,9 +171,7 @@ class Net:
         "dont-care",
         "otherwise a copy that lost its Primary is Consistent, not UpToDate, until the peer is fenced",
     )
-    max_epoch_size: int = option(
-        "max-epoch-size", Count(1, 20000), 2048, "writes between two barriers, at most"
-    )
+    max_epoch_size: int = option("max-epoch-size", Count(1, 20000), 2048, "writes between two barriers, at most")
     epoch_time_ns: int = option(
         "epoch-time",
         Duration(10 * MILLISECOND_NS, 60 * SECOND_NS),

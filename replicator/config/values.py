@@ -128,9 +128,7 @@ class Duration:
     def parse(self, value: object) -> int:
         match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
         if match is None or match[3] not in _DURATION_UNITS:
-            raise Fault(
-                f"{shown(value)} is not a duration", 'write a number and its unit, like "500ms" or "6s"'
-            )
+            raise Fault(f"{shown(value)} is not a duration", 'write a number and its unit, like "500ms" or "6s"')
         nanoseconds = _scaled(match, _DURATION_UNITS[match[3]])
         if not self.low_ns <= nanoseconds <= self.high_ns:
             raise Fault(f"{shown(value)} is out of bounds", self.describe())
@@ -170,9 +168,7 @@ class Size:
         match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[3] not in _SIZE_UNITS:
             what = "rate" if self.per_second else "size"
-            raise Fault(
-                f"{shown(value)} is not a {what}", 'write bytes or a number and its unit, like "64KiB"'
-            )
+            raise Fault(f"{shown(value)} is not a {what}", 'write bytes or a number and its unit, like "64KiB"')
         return _scaled(match, _SIZE_UNITS[match[3]])
 
     def describe(self) -> str:

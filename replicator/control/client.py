@@ -19,9 +19,7 @@ from replicator.errors import NotRunning, ProtocolError, Refused
 _READ_BYTES = 64 * 1024
 
 
-def call(
-    path: str, verb: str, args: Mapping[str, object] | None = None, timeout_s: float = 5.0
-) -> dict[str, object]:
+def call(path: str, verb: str, args: Mapping[str, object] | None = None, timeout_s: float = 5.0) -> dict[str, object]:
     """The data of the final answer to one request; everything together within `timeout_s`.
 
     Raises Refused (the process says no), NotRunning (nobody listens, the process went away, or no answer in
@@ -47,9 +45,7 @@ def stream(
             yield dict(reply.data)
 
 
-def _replies(
-    path: str, request: Request, deadline_s: float | None, timeout_s: float | None
-) -> Iterator[Reply]:
+def _replies(path: str, request: Request, deadline_s: float | None, timeout_s: float | None) -> Iterator[Reply]:
     line = encode(request)
     splitter = LineSplitter(REPLY_BYTES_MAX)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:

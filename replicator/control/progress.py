@@ -108,9 +108,7 @@ class ProgressPrinter:
     line is printed every few seconds.  `finish` prints the last state and ends the line.
     """
 
-    def __init__(
-        self, label: str, write: Callable[[str], object], now: Callable[[], float], columns: int = 0
-    ) -> None:
+    def __init__(self, label: str, write: Callable[[str], object], now: Callable[[], float], columns: int = 0) -> None:
         self._label = label
         self._write = write
         self._now = now

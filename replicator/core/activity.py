@@ -187,9 +187,7 @@ class ActivityLog:
         return added
 
     def _victims(self, retired_epoch: int) -> list[int]:
-        return [
-            extent for extent, use in self._hot.items() if not use.holds and use.last_epoch <= retired_epoch
-        ]
+        return [extent for extent, use in self._hot.items() if not use.holds and use.last_epoch <= retired_epoch]
 
     def _drop_satisfied(self) -> None:
         # Only from the front: a request further back may lose an extent to one before it and must stay known.

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaching a disk: from the bytes of its metadata area to a copy that may be used (decision 0001, "Attach").
 
-The durable steps, in order: bitmap pages with the bits of every extent that was hot; the superblock with CrashedPrimary
-(kept if it was set: a crash in the middle of this must not forget it) and without PrimaryIndicator; the empty activity log.
-A crash in between repeats the whole.
+The durable steps, in order: bitmap pages with the bits of every extent that was hot; a flush of the data, because what a
+killed process wrote may still be in a volatile cache, and an extent leaves the log only when it is stable (V4; found by the
+simulator: kill, resync *from* here, power cut); the superblock with CrashedPrimary
+(kept if it was set: a crash in the middle of this must not forget it) and without PrimaryIndicator; the empty activity
+log.  A crash in between repeats the whole.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from replicator.core import activity, superblock
-from replicator.core.actions import WriteMeta
+from replicator.core.actions import FlushData, WriteMeta
 from replicator.core.activity import ActivityLog
 from replicator.core.bitmap import Bitmap
 from replicator.core.context import Context
@@ -117,7 +119,8 @@ class Attaching:
             )
         if slot_bytes_for(found.size_bytes or size) > found.slot_bytes:
             raise FormatError(
-                f"the bitmap slots of {found.slot_bytes} bytes are too small for {found.size_bytes or size} bytes of data",
+                f"the bitmap slots of {found.slot_bytes} bytes are too small for "
+                f"{found.size_bytes or size} bytes of data",
                 hint="run `replicator create-md --force` and let the peer fill this copy",
             )
         known = {slot.node_id for slot in found.peers if slot.node_id != NO_NODE}
@@ -135,9 +138,7 @@ class Attaching:
                 continue
             bitmap, damaged = Bitmap.decode(opened.bitmaps.get(index, b""), block_count(size), index)
             if damaged:
-                self._context.notice(
-                    "bitmap-damaged", volume=self._volume, peer=slot.node_id, sectors=damaged
-                )
+                self._context.notice("bitmap-damaged", volume=self._volume, peer=slot.node_id, sectors=damaged)
             bitmaps[slot.node_id] = bitmap
         return bitmaps
 
@@ -147,6 +148,14 @@ class Attaching:
         if pieces:
             token = self._context.ask(self._pages_saved, ring)
             self._context.out.append(WriteMeta(self._volume, token, pieces))
+        else:
+            token = self._context.ask(self._flushed, ring)
+            self._context.out.append(FlushData(self._volume, token))
+
+    def _flushed(self, ring: bytes, event: DiskDone) -> None:
+        assert self._attached is not None
+        if event.error:
+            self._ledger_failed(event.error)
         else:
             self._attached.ledger.save(_after_crash, lambda: self._empty_log(ring))
 
@@ -175,9 +184,7 @@ def _after_crash(found: Superblock) -> Superblock:
     return replace(found, crashed_primary=crashed, primary_indicator=False, peers=peers)
 
 
-def bitmap_pieces(
-    attached: Attached, limit: int, pages: dict[int, set[int]] | None = None
-) -> list[tuple[int, bytes]]:
+def bitmap_pieces(attached: Attached, limit: int, pages: dict[int, set[int]] | None = None) -> list[tuple[int, bytes]]:
     """Changed bitmap pages as pieces for `WriteMeta`: at most `limit`, or exactly `pages` (peer -> page numbers)."""
     slot_bytes = attached.ledger.wanted.slot_bytes
     pieces: list[tuple[int, bytes]] = []

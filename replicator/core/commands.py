@@ -35,6 +35,7 @@ class Commands:
         self._resource = resource
         self._context = context
         self._waiting: list[Callable[[], bool]] = []
+        self._saving: list[tuple[Command, Volume]] = []
         self._verbs: dict[str, Callable[[Command], None]] = {
             "attach": self._attach,
             "detach": self._detach,
@@ -230,9 +231,7 @@ class Commands:
         if not sources:
             self._done(
                 command,
-                Refusal(
-                    "no-good-peer", -2, "Need access to UpToDate data", "no connected peer has a good copy"
-                ),
+                Refusal("no-good-peer", -2, "Need access to UpToDate data", "no connected peer has a good copy"),
             )
             return
         peer = sources[0]
@@ -249,9 +248,7 @@ class Commands:
         if volume is None:
             return
         targets = [
-            peer
-            for peer, replica in volume.replicas.items()
-            if replica.replicating and not self._peer_primary(peer)
+            peer for peer, replica in volume.replicas.items() if replica.replicating and not self._peer_primary(peer)
         ]
         if not targets or volume.disk is not Disk.UP_TO_DATE:
             self._done(
@@ -277,9 +274,8 @@ class Commands:
         """FullSync durable, every bit set, then a round decides the direction from that."""
 
         def durable() -> None:
-            if volume.attached is None:
-                self._done(command, _NO_DISK)
-                return
+            self._saving.remove((command, volume))
+            assert volume.attached is not None
             volume.attached.bitmaps[peer].mark_all()
             volume.save_pages(recorded)
             volume.replicas[peer].begin_round()
@@ -288,7 +284,15 @@ class Commands:
         def recorded() -> None:
             volume.ledger.save(lambda found: with_slot(found, peer, full_sync=False), lambda: None)
 
+        self._saving.append((command, volume))
         volume.ledger.save(change, durable)
+
+    def disk_lost(self, volume: Volume) -> None:
+        """A command that waited for this disk's metadata is answered."""
+        for command, waits_for in tuple(self._saving):
+            if waits_for is volume:
+                self._saving.remove((command, waits_for))
+                self._done(command, _NO_DISK)
 
     def _new_current_uuid(self, command: Command) -> None:
         volume = self._one_volume(command)

@@ -124,9 +124,7 @@ class Connection:
 
     def _send_goodbye(self, link: int, code: int, reason: str) -> None:
         flags = Flag.GRACEFUL if code != GOODBYE_REFUSED else 0
-        self._context.out.append(
-            Send(link, Frame(Kind.GOODBYE, flags=flags, payload=pack_goodbye(code, reason)))
-        )
+        self._context.out.append(Send(link, Frame(Kind.GOODBYE, flags=flags, payload=pack_goodbye(code, reason))))
 
     def refuse(self, reason: str) -> None:
         """The peer or its data do not fit: StandAlone until an administrator acts."""
@@ -218,11 +216,7 @@ class Connection:
         self._unacked[sequence] = (volume, write)
         self.unwritten_bytes += write.size
         write.unwritten |= bit
-        if (
-            options.protocol != "A"
-            or not volume.trusts_itself()
-            or self.unwritten_bytes > options.send_window_bytes
-        ):
+        if options.protocol != "A" or not volume.trusts_itself() or self.unwritten_bytes > options.send_window_bytes:
             write.waiting |= bit
         flags = (Flag.FUA if write.fua else 0) | (Flag.KEEP if write.keep and write.io is Io.ZERO else 0)
         payload = write.data if write.io is Io.WRITE else b""
@@ -384,9 +378,7 @@ class Connection:
         if link is None or link != self.link:
             return
         if event.error:
-            answer = Frame(
-                Kind.READ_FAILED, request.volume, sequence=request.sequence, payload=pack_errno(event.error)
-            )
+            answer = Frame(Kind.READ_FAILED, request.volume, sequence=request.sequence, payload=pack_errno(event.error))
         else:
             answer = Frame(
                 Kind.READ_DATA, request.volume, 0, request.sequence, request.offset, request.size, event.data
@@ -438,8 +430,8 @@ class Connection:
         """A volume has a decision.
 
         On a new link all volumes are carried out together when all have one, or the peers part: a split brain of
-        one volume forbids to touch the others.  Later rounds concern one volume at a time, and are carried out at once: the
-        peer did the same when it saw our state, and what it sends next relies on it.
+        one volume forbids to touch the others.  Later rounds concern one volume at a time, and are carried out at once:
+        the peer did the same when it saw our state, and what it sends next relies on it.
         """
         replicas = [volume.replicas[self.peer] for volume in self._resource.volumes.values()]
         if self._initial and any(replica.decision is None for replica in replicas):
@@ -475,9 +467,7 @@ class Connection:
                 return None
             return self._next_dial
         limits = [
-            self._heard + options.ping_interval_ns
-            if self._pinged is None
-            else self._pinged + options.ping_timeout_ns
+            self._heard + options.ping_interval_ns if self._pinged is None else self._pinged + options.ping_timeout_ns
         ]
         if self._unacked or self._reads:
             limits.append(self._progress + options.timeout_ns * options.ko_count)
@@ -491,12 +481,7 @@ class Connection:
         if self.link is None:
             if self.state is State.UNCONNECTED and (not self._dials or self._next_dial <= now):
                 self._move(ConnectionMove.RETRY, self.reason)
-            if (
-                self.state is State.CONNECTING
-                and self._dials
-                and not self._dialing
-                and self._next_dial <= now
-            ):
+            if self.state is State.CONNECTING and self._dials and not self._dialing and self._next_dial <= now:
                 self._dialing = True
                 self._context.out.append(Dial(self.peer))
             return

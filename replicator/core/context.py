@@ -2,7 +2,8 @@
 """What every chapter shares: the options, the time of this step, the actions asked for, and who waits for what.
 
 A chapter that needs an answer from outside calls `ask(handler, subject)`: the token goes into the action, and when the
-completion comes `handler(subject, event)` is called, exactly once.  A completion nobody asked for is a broken invariant.
+completion comes `handler(subject, event)` is called, exactly once.  A completion nobody asked for is a broken
+invariant.
 """
 
 from __future__ import annotations

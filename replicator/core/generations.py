@@ -145,9 +145,7 @@ def rules(survivors_count: bool) -> tuple[Rule, ...]:
         Rule(
             # A copy that is known to be old, or whose disk failed, gives way (DRBD: disk states override).
             "outdated",
-            lambda a, b: (
-                _equal(a, b) and a.disk is Disk.OUTDATED and b.disk > Disk.OUTDATED and _trouble(a, b)
-            ),
+            lambda a, b: _equal(a, b) and a.disk is Disk.OUTDATED and b.disk > Disk.OUTDATED and _trouble(a, b),
             Outcome.TARGET,
         ),
         Rule(

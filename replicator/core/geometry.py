@@ -161,9 +161,7 @@ def internal_layout(device_size: int, slots: int) -> Layout:
             hint=f"it needs at least {area_bytes(BLOCK, slots) + BLOCK} bytes",
         )
     data_size = blocks * BLOCK
-    return Layout(
-        data_size=data_size, fixed_base=fixed_base, slot_bytes=slot_bytes_for(data_size), slots=slots
-    )
+    return Layout(data_size=data_size, fixed_base=fixed_base, slot_bytes=slot_bytes_for(data_size), slots=slots)
 
 
 def _check_slots(slots: int) -> None:

@@ -75,9 +75,7 @@ class Candidate:
         """The id of the resource on this link: of the side that holds data, or of the lower node id."""
         ours, theirs = self._ours, self.theirs
         assert theirs is not None
-        provisional_here, provisional_there = (
-            bool(hello.features & PROVISIONAL_ID) for hello in (ours, theirs)
-        )
+        provisional_here, provisional_there = (bool(hello.features & PROVISIONAL_ID) for hello in (ours, theirs))
         if provisional_here == provisional_there:
             return min(ours, theirs, key=lambda hello: hello.node_id).resource_id
         return theirs.resource_id if provisional_here else ours.resource_id
@@ -93,9 +91,7 @@ def check(ours: Hello, theirs: Hello, peer: int | None, peers: dict[int, str]) -
         expected = f"node {peer}" if peer is not None else "a configured node"
         return Fault(f"the other side is node {theirs.node_id} ({theirs.node}), not {expected}")
     if theirs.peer_node_id != ours.node_id:
-        return Fault(
-            f"node {theirs.node} wants to talk to node {theirs.peer_node_id}, this is node {ours.node_id}"
-        )
+        return Fault(f"node {theirs.node} wants to talk to node {theirs.peer_node_id}, this is node {ours.node_id}")
     if theirs.resource != ours.resource:
         return Fault(f"node {theirs.node} serves resource {theirs.resource} here, not {ours.resource}")
     name = peers[theirs.node_id]
@@ -106,16 +102,12 @@ def check(ours: Hello, theirs: Hello, peer: int | None, peers: dict[int, str]) -
             fatal=True,
         )
     if theirs.node != name:
-        return Fault(
-            f"node {theirs.node_id} calls itself {theirs.node}, the configuration here {name}", fatal=True
-        )
+        return Fault(f"node {theirs.node_id} calls itself {theirs.node}, the configuration here {name}", fatal=True)
     differing = option_faults(dict(ours.options), dict(theirs.options))
     if differing:
         return Fault(f"incompatible settings with {name}: {'; '.join(differing)}", fatal=True)
     if set(theirs.volumes) != set(ours.volumes):
-        return Fault(
-            f"{name} has volumes {sorted(theirs.volumes)}, this node {sorted(ours.volumes)}", fatal=True
-        )
+        return Fault(f"{name} has volumes {sorted(theirs.volumes)}, this node {sorted(ours.volumes)}", fatal=True)
     settled = not (theirs.features | ours.features) & PROVISIONAL_ID
     if settled and theirs.resource_id != ours.resource_id:
         return Fault(

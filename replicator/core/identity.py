@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`new-current-uuid`: begin a new generation on both copies, and with `--clear-bitmap` skip the first sync.
 
-The one place where bits are cleared without a copy (V2): an operator asserts that two connected, freshly created copies are
-identical.  The order makes an interruption harmless: we record the new id with a fork point towards the peer (so that we are
-its source if anything breaks), then the peer takes the id, then the fork point and the bits go.
+The one place where bits are cleared without a copy (V2): an operator asserts that two connected, freshly created copies
+are identical.  The order makes an interruption harmless: we record the new id with a fork point towards the peer (so
+that we are its source if anything breaks), then the peer takes the id, then the fork point and the bits go.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class Identity:
                 volume.become(DiskMove.TRUSTED)
             self._sequence = connection.next_sequence()
             payload = pack_generation(fresh, clear_bitmap=clear)
-            connection.send(
-                Frame(Kind.NEW_GENERATION, volume.number, sequence=self._sequence, payload=payload)
-            )
+            connection.send(Frame(Kind.NEW_GENERATION, volume.number, sequence=self._sequence, payload=payload))
 
         volume.ledger.save(change, durable)
 
@@ -185,6 +183,13 @@ class Identity:
                     "when it is back this node is the source of a full sync",
                 )
             )
+
+    def disk_lost(self, volume: Volume) -> None:
+        """The local disk is gone in the middle."""
+        if self._volume is volume:
+            finish = self._finish
+            self._forget()
+            finish(Refusal("no-disk", 0, f"the disk of volume {volume.number} was lost", "mend it, then attach"))
 
     def _forget(self) -> None:
         self._volume = self._link = None

@@ -23,9 +23,7 @@ Then = Callable[[], None]
 class Ledger:
     """Serialises superblock writes.  `failed(errno)` is called once if one cannot be written."""
 
-    def __init__(
-        self, context: Context, superblock: Superblock, sequence: int, failed: Callable[[int], None]
-    ) -> None:
+    def __init__(self, context: Context, superblock: Superblock, sequence: int, failed: Callable[[int], None]) -> None:
         self._context = context
         self._failed = failed
         self.wanted = superblock

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may touch a range of a volume now, in order of arrival.
 
-Every operation that must not cross another on the same bytes holds a `Lock` from before it is launched until it is over.
-A lock waits for every overlapping lock that came before it, waiting ones included, so overlapping operations
+Every operation that must not cross another on the same bytes holds a `Lock` from before it is launched until it is
+over.  A lock waits for every overlapping lock that came before it, waiting ones included, so overlapping operations
 happen in the order in which they came (decision 0001, V9).  Which kinds wait for which is a table:
 
 - LOCAL, a write of our own clients, waits for everything before it;
@@ -12,8 +12,8 @@ happen in the order in which they came (decision 0001, V9).  Which kinds wait fo
 - WANTED, a range requested from the source, never waits: it is taken only where nothing of our own clients is
   under way; when the answer arrives it *becomes* a COPY in its place and then waits for replicated writes only.
 
-LOCAL and PEER never meet on one volume: there is one writer (V6; `WritePath.submit` asserts it).  If they could, WANTED,
-then LOCAL, then PEER on one range would wait for each other.
+LOCAL and PEER never meet on one volume: there is one writer (V6; `WritePath.submit` asserts it).  If they could,
+WANTED, then LOCAL, then PEER on one range would wait for each other.
 
 The table is bucketed by region, so that a lookup among scattered writes touches one short list.
 """

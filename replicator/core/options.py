@@ -33,9 +33,7 @@ class Options:
     epoch_writes_max: int = 2048
     epoch_time_ns: int = SECOND_NS
     activity_extents: int = 1008
-    send_window_bytes: int = (
-        8 * MIB
-    )  # protocols A and B: unwritten bytes at the peer before writes wait for it
+    send_window_bytes: int = 8 * MIB  # protocols A and B: unwritten bytes at the peer before writes wait for it
     resync_max_rate: int = 0  # bytes per second, 0 = no limit
     resync_latency_target_ns: int = 20_000_000
     checksum_sync: str = "auto"  # always, never

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peer's writes over one link: applied, acknowledged in batches, and made stable at its barriers.
 
-Writes between two BARRIERs are one *batch*.  A barrier is answered when all writes of its batch and of the batches before
-are over and the disks they touched are flushed.  Under protocol A what follows a barrier waits until it is
+Writes between two BARRIERs are one *batch*.  A barrier is answered when all writes of its batch and of the batches
+before are over and the disks they touched are flushed.  Under protocol A what follows a barrier waits until it is
 answered, so that a power cut here loses a suffix of the peer's writes and never a hole.
 
-A receiver outlives its link: writes that were let through are applied (or fail with their disk) before anything is decided.
+A receiver outlives its link: writes that were let through are applied (or fail with their disk) before anything is
+decided.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ class Batch:
 class Receiver:
     """One link's incoming writes.  `send` is dropped by `link_down`."""
 
-    def __init__(
-        self, context: Context, peer: int, volumes: dict[int, Volume], send: Callable[[Frame], None]
-    ) -> None:
+    def __init__(self, context: Context, peer: int, volumes: dict[int, Volume], send: Callable[[Frame], None]) -> None:
         self._context = context
         self._peer = peer
         self._volumes = volumes

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One volume and one peer: the round that compares the copies, and the resync that follows.
 
-A round (decision 0001, "Connect") is the only way to decide who is source.  Each side sends VOLUME_STATE when nothing of
-the volume is in motion; both compute the same decision; it is carried out only when every volume of the link has one
+A round (decision 0001, "Connect") is the only way to decide who is source.  Each side sends VOLUME_STATE when nothing
+of the volume is in motion; both compute the same decision; it is carried out only when every volume of the link has one
 (two volumes that contradict each other are a split brain no single volume can see).
 
 Everything that arrives for this volume from this peer comes through `on_frame`, which returns a sentence when
@@ -60,11 +60,7 @@ class Replica:
     @property
     def replicating(self) -> bool:
         """Every write made now reaches the peer's disk, or comes from there."""
-        return (
-            self.replication is not Replication.OFF
-            and self.disk >= Disk.INCONSISTENT
-            and self.link is not None
-        )
+        return self.replication is not Replication.OFF and self.disk >= Disk.INCONSISTENT and self.link is not None
 
     @property
     def takes_writes(self) -> bool:
@@ -219,9 +215,7 @@ class Replica:
         self._sent = self.state()
         # What the peer sends from now on may belong to the outcome: nothing is written before that is carried out.
         self.volume.path.held_peer = True
-        self.link.send(
-            Frame(Kind.VOLUME_STATE, self.volume.number, sequence=self._round, payload=self._sent.pack())
-        )
+        self.link.send(Frame(Kind.VOLUME_STATE, self.volume.number, sequence=self._round, payload=self._sent.pack()))
         self._decide()
 
     def state(self) -> VolumeState:
@@ -263,7 +257,7 @@ class Replica:
             return
         ours, theirs = self._sent, self._received[1]
         self.disk = Disk(theirs.disk)
-        if ours.disk == Disk.DISKLESS or theirs.disk == Disk.DISKLESS:
+        if Disk.DISKLESS in (ours.disk, theirs.disk):
             self.decision = Decision(Outcome.NONE, "diskless")
         else:
             self.decision = self._size_fault(ours, theirs) or decide(
@@ -295,11 +289,7 @@ class Replica:
             return None
         if fresh_here or fresh_there:
             fresh, settled = (ours, theirs) if fresh_here else (theirs, ours)
-            return (
-                Decision(Outcome.CONFLICT, "disk-too-small")
-                if fresh.size_bytes < settled.size_bytes
-                else None
-            )
+            return Decision(Outcome.CONFLICT, "disk-too-small") if fresh.size_bytes < settled.size_bytes else None
         return Decision(Outcome.CONFLICT, "size-differs") if ours.size_bytes != theirs.size_bytes else None
 
     def _tell(self, ours: VolumeState, theirs: VolumeState) -> None:
@@ -427,10 +417,6 @@ class Replica:
 
 def lineage_text(state: VolumeState) -> str:
     """Both ids and the history as `show-gi` prints them."""
-    ids = ":".join(
-        f"{generation:016x}" for generation in (state.current, state.bitmap_id, *state.history[:4])
-    )
-    flags = ",".join(
-        name for name in ("crashed_primary", "survived", "full_sync", "primary") if getattr(state, name)
-    )
+    ids = ":".join(f"{generation:016x}" for generation in (state.current, state.bitmap_id, *state.history[:4]))
+    flags = ",".join(name for name in ("crashed_primary", "survived", "full_sync", "primary") if getattr(state, name))
     return f"{ids} disk={Disk(state.disk).word} dirty={state.dirty_count}{' ' + flags if flags else ''}"

@@ -2,8 +2,9 @@
 """A resource: the whole mirror on one node, as one object without I/O.
 
 It dispatches: every event goes to the chapter that owns it, and once per turn (`drain`) each chapter may do what is
-worth doing together.  What is decided here concerns all volumes at once: fork points (a write that a peer misses because
-its link is gone forks *every* volume, or two volumes could fork in opposite directions unseen), barriers and flushes.
+worth doing together.  What is decided here concerns all volumes at once: fork points (a write that a peer misses
+because its link is gone forks *every* volume, or two volumes could fork in opposite directions unseen), barriers and
+flushes.
 """
 
 from __future__ import annotations
@@ -68,9 +69,7 @@ class Resource:
             flush_done=lambda number, token: self.volumes[number].path.flush_done(token),
         )
         self.volumes = {number: Volume(number, self.context, self.log, self) for number in options.volumes}
-        self.connections = {
-            peer: Connection(self, self.context, peer, name) for peer, name in options.peers.items()
-        }
+        self.connections = {peer: Connection(self, self.context, peer, name) for peer, name in options.peers.items()}
         self.roles = Roles(self, self.context)
         self.identity = Identity(self, self.context)
         self.commands = Commands(self, self.context)
@@ -119,12 +118,8 @@ class Resource:
     def deadline(self) -> int | None:
         """When `step(Tick(), now)` is due, or None."""
         limits = [connection.deadline for connection in self.connections.values()]
-        limits += [
-            candidate.since + self.options.handshake_timeout_ns for candidate in self._candidates.values()
-        ]
-        limits += [
-            replica.deadline for volume in self.volumes.values() for replica in volume.replicas.values()
-        ]
+        limits += [candidate.since + self.options.handshake_timeout_ns for candidate in self._candidates.values()]
+        limits += [replica.deadline for volume in self.volumes.values() for replica in volume.replicas.values()]
         limits += [self.roles.deadline, self.commands.deadline]
         if self.log.open.ranges:
             limits.append(self.log.open.since + self.options.epoch_time_ns)
@@ -173,8 +168,7 @@ class Resource:
         return (
             all(connection.settled for connection in self.connections.values())
             and all(
-                volume.disk not in (Disk.ATTACHING, Disk.DETACHING, Disk.FAILED)
-                for volume in self.volumes.values()
+                volume.disk not in (Disk.ATTACHING, Disk.DETACHING, Disk.FAILED) for volume in self.volumes.values()
             )
             and self.identity.idle
         )
@@ -254,9 +248,7 @@ class Resource:
         if not event.error:
             read.done(0, bytes(event.data))
             return
-        self.context.notice(
-            "read-error", volume=read.volume, offset=read.offset, size=read.size, errno=event.error
-        )
+        self.context.notice("read-error", volume=read.volume, offset=read.offset, size=read.size, errno=event.error)
         if any(replica.has_good_data for replica in self.volumes[read.volume].replicas.values()):
             self.read_again(read)
         else:
@@ -281,9 +273,7 @@ class Resource:
 
     def _gone(self, peers: int) -> int:
         return sum(
-            1 << peer
-            for peer, connection in self.connections.items()
-            if peers >> peer & 1 and not connection.connected
+            1 << peer for peer, connection in self.connections.items() if peers >> peer & 1 and not connection.connected
         )
 
     def rotated(self) -> None:
@@ -303,6 +293,12 @@ class Resource:
                 replica.disk_settled()
         volume.path.wake_all()
 
+    def disk_lost(self, volume: Volume) -> None:
+        """Group.disk_lost: whoever waited for its metadata waits in vain."""
+        self.roles.disk_lost(volume)
+        self.identity.disk_lost(volume)
+        self.commands.disk_lost(volume)
+
     def identity_changed(self, *, forced: bool) -> None:
         """A forced promotion may have changed what a copy is: compare again."""
         if forced:
@@ -315,7 +311,10 @@ class Resource:
         """A link ended, and all that depended on it has been told."""
         self.roles.peer_lost(connection)
         self.identity.peer_lost(connection)
-        self._links = {link: owner for link, owner in self._links.items() if owner is not connection}
+        ended = [link for link, owner in self._links.items() if owner is connection]
+        for link in ended:
+            del self._links[link]
+            self._closing.add(link)  # what still comes on it is not looked at
 
     def when_quiet(self, then: Callable[[], None]) -> None:
         """Call `then` when no replicated write is under way on any volume."""
@@ -331,9 +330,7 @@ class Resource:
 
     def _flush_waits_for_peers(self) -> bool:
         """Under protocol A a FLUSH is about the local disk, as long as that is good data."""
-        return self.options.protocol != "A" or any(
-            not volume.trusts_itself() for volume in self.volumes.values()
-        )
+        return self.options.protocol != "A" or any(not volume.trusts_itself() for volume in self.volumes.values())
 
     def _barrier(self, peers: int, number: int) -> None:
         for peer, connection in self.connections.items():

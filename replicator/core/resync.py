@@ -6,9 +6,9 @@ the bits are cleared here and the range is confirmed to the source, which clears
 Source: a range is read under a lock, so that the answer contains every write launched before it, and later
 writes follow it on the link.
 
-The rate: the window doubles per round trip while the application does not wait, and halves when it does (the side that has the
-application's writes says so, flag BUSY).  `resync_max_rate` is a ceiling.  Checksums: the target may send a digest of what it
-has; it pays when much is equal, and `auto` tries it on full syncs and watches.
+The rate: the window doubles per round trip while the application does not wait, and halves when it does (the side that
+has the application's writes says so, flag BUSY).  `resync_max_rate` is a ceiling.  Checksums: the target may send a
+digest of what it has; it pays when much is equal, and `auto` tries it on full syncs and watches.
 """
 
 from __future__ import annotations
@@ -236,9 +236,7 @@ class SyncTarget:
         if frame.kind is Kind.RESYNC_FAILED:
             self.failed_bytes += copy.size
             self._not_before = max(self._not_before, self._context.now + RETRY_NS)
-            self._context.notice(
-                "resync-read-failed", volume=self._home.number, offset=copy.offset, size=copy.size
-            )
+            self._context.notice("resync-read-failed", volume=self._home.number, offset=copy.offset, size=copy.size)
             self._end(copy)
             return None
         if frame.kind is Kind.RESYNC_EQUAL:
@@ -382,9 +380,7 @@ class SyncSource:
         if event.error:
             answer.kind, answer.flags = Kind.RESYNC_FAILED, 0
             answer.payload = event.error.to_bytes(4, "big")
-            self._context.notice(
-                "read-error", volume=request.volume, offset=request.offset, size=request.size
-            )
+            self._context.notice("read-error", volume=request.volume, offset=request.offset, size=request.size)
         elif request.payload and digest_of(data) == bytes(request.payload):
             answer.kind = Kind.RESYNC_EQUAL
         elif data == ZEROES[: len(data)]:

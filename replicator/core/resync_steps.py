@@ -3,8 +3,8 @@
 
 The copying itself is in `resync`; here is what must be durable before it may begin and before it counts as finished:
 the target is Inconsistent under the source's generation before the first block that makes it a mixture; the source
-has dropped its fork point before the first block is asked for; the target is UpToDate only when no bit is left and all is
-stable.  Every step ends by sending the frame that lets the other side take its own.
+has dropped its fork point before the first block is asked for; the target is UpToDate only when no bit is left and all
+is stable.  Every step ends by sending the frame that lets the other side take its own.
 """
 
 from __future__ import annotations
@@ -159,9 +159,7 @@ class ResyncSteps:
     def _target_go(self) -> None:
         assert self.link is not None
         volume = self.volume
-        self.sync = SyncTarget(
-            volume, volume.context, self.peer, self.link.send, self._finished, full=self._full
-        )
+        self.sync = SyncTarget(volume, volume.context, self.peer, self.link.send, self._finished, full=self._full)
         self._replica.move(ReplicationMove.SOURCE_READY)
         volume.context.notice("resync-started", volume=volume.number, dirty_blocks=self.sync.total)
         self._apply_pause()

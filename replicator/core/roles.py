@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Becoming Primary and ceasing to be (decision 0001, "Promotion"; V6).
 
-Both are sequences of waits and durable steps.  `settle`, once per turn, looks whether the current wait is over and takes the
-next step; every step leaves a state that a crash may keep.  One such sequence runs at a time.
+Both are sequences of waits and durable steps.  `settle`, once per turn, looks whether the current wait is over and
+takes the next step; every step leaves a state that a crash may keep.  One such sequence runs at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from replicator.core.connection import Connection
     from replicator.core.resource import Resource
 
-#: How long a promotion waits for a round or for a peer that has just been lost to be noticed (DRBD: auto-promote-timeout and
-#: one ping timeout).
+#: How long a promotion waits for a round or for a peer that has just been lost to be noticed (DRBD:
+#: auto-promote-timeout and one ping timeout).
 TRANSITION_NS: Final = 10 * SECOND_NS
 
 
@@ -54,6 +54,8 @@ class Roles:
         self._deadline = 0
         self._asking: set[int] = set()  # peers whose answer is awaited
         self._grants: dict[int, int] = {}  # peer -> link that granted
+        self._waiting: set[int] = set()  # volumes whose durable step is awaited
+        self._after: Callable[[], None] = lambda: None
 
     @property
     def deadline(self) -> int | None:
@@ -160,25 +162,35 @@ class Roles:
     def _write_indicator(self) -> None:
         """Durable step: PrimaryIndicator, with whatever the promotion changes in the lineage."""
         attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
-        waiting = {volume.number for volume in attached}
-        if not waiting:
-            self._become_primary()
-            return
+        self._wait_for({volume.number for volume in attached}, self._become_primary)
         for volume in attached:
             trusted = (
                 self._force
                 and volume.disk is not Disk.UP_TO_DATE
                 and not any(replica.has_good_data for replica in volume.replicas.values())
             )
-            self._save_promoted(volume, waiting, trusted=trusted)
+            self._save_promoted(volume, trusted=trusted)
 
-    def _save_promoted(self, volume: Volume, waiting: set[int], *, trusted: bool) -> None:
+    def _wait_for(self, volumes: set[int], then: Callable[[], None]) -> None:
+        self._waiting, self._after = volumes, then
+        if not volumes:
+            then()
+
+    def _volume_done(self, volume: Volume) -> None:
+        if volume.number in self._waiting:
+            self._waiting.discard(volume.number)
+            if not self._waiting:
+                self._after()
+
+    def disk_lost(self, volume: Volume) -> None:
+        """Its durable step will not come; what is left decides (a promotion looks again whether it has good data)."""
+        self._volume_done(volume)
+
+    def _save_promoted(self, volume: Volume, *, trusted: bool) -> None:
         def durable() -> None:
-            waiting.discard(volume.number)
             if trusted:
                 volume.become(DiskMove.TRUSTED)
-            if not waiting:
-                self._become_primary()
+            self._volume_done(volume)
 
         if trusted and volume.disk is Disk.INCONSISTENT:
             assert volume.attached is not None
@@ -234,21 +246,18 @@ class Roles:
         if not resource.log.idle:
             return
         self._step = None
-        waiting = set(resource.volumes)
+        self._wait_for(set(resource.volumes), self._become_secondary)
         for volume in resource.volumes.values():
-            volume.empty_log(self._log_emptied(volume, waiting))
+            volume.empty_log(self._log_emptied(volume))
 
-    def _log_emptied(self, volume: Volume, waiting: set[int]) -> Callable[[], None]:
-        def durable() -> None:
-            waiting.discard(volume.number)
-            if not waiting:
-                self._become_secondary()
-
+    def _log_emptied(self, volume: Volume) -> Callable[[], None]:
         def emptied() -> None:
             if volume.attached is None:
-                durable()
+                self._volume_done(volume)
             else:
-                volume.ledger.save(lambda found: replace(found, primary_indicator=False), durable)
+                volume.ledger.save(
+                    lambda found: replace(found, primary_indicator=False), lambda: self._volume_done(volume)
+                )
 
         return emptied
 
@@ -266,9 +275,7 @@ class Roles:
         """ROLE_REQUEST: may the peer become Primary?  A grant is recorded before it is answered."""
         if self.role is Role.PRIMARY or self.busy == "demotion":
             answer = RoleAnswer.I_AM_PRIMARY
-        elif self.busy == "promotion" and (
-            self._step is None or self._context.options.node_id < connection.peer
-        ):
+        elif self.busy == "promotion" and (self._step is None or self._context.options.node_id < connection.peer):
             answer = RoleAnswer.I_AM_ASKING
         elif not connection.settled:
             answer = RoleAnswer.ROUND_GOING_ON
@@ -321,9 +328,7 @@ class Roles:
             if volume.attached is None:
                 continue
             if self.role is Role.PRIMARY:
-                volume.ledger.save(
-                    lambda found: with_slot(found, connection.peer, outdated=True), lambda: None
-                )
+                volume.ledger.save(lambda found: with_slot(found, connection.peer, outdated=True), lambda: None)
             elif connection.role is Role.PRIMARY and volume.disk in (Disk.UP_TO_DATE, Disk.CONSISTENT):
                 volume.become(DiskMove.PEER_IS_NEWER)
                 volume.ledger.save(lambda found: replace(found, was_up_to_date=False), lambda: None)
@@ -332,9 +337,9 @@ class Roles:
 def promoted(found: Superblock, volume: Volume, fresh: int, *, trusted: bool) -> Superblock:
     """The superblock of a new Primary.
 
-    A copy declared good by force begins a generation of its own.  If it was Inconsistent, the id it was being made into is
-    dropped from its lineage: the copy that really has that generation must meet it as a stranger or as split brain, never as
-    an ancestor.  A crashed Primary that goes on while bits towards an absent peer are dirty forks at once.
+    A copy declared good by force begins a generation of its own.  If it was Inconsistent, the id it was being made into
+    is dropped from its lineage: the copy that really has that generation must meet it as a stranger or as split brain,
+    never as an ancestor.  A crashed Primary that goes on while bits towards an absent peer are dirty forks at once.
     """
     if trusted and not found.consistent:
         unknown = found.current

@@ -81,8 +81,7 @@ def _connection(resource: Resource, connection: Connection) -> dict[str, object]
         "rs-in-flight": 0,
         "reason": connection.reason,
         "peer_devices": [
-            _peer_device(resource, volume, volume.replicas[connection.peer])
-            for volume in resource.volumes.values()
+            _peer_device(resource, volume, volume.replicas[connection.peer]) for volume in resource.volumes.values()
         ],
     }
 
@@ -91,9 +90,7 @@ def _peer_device(resource: Resource, volume: Volume, replica: Replica) -> dict[s
     dirty = volume.dirty_count(replica.peer)
     blocks = max(1, volume.blocks)
     paused = [
-        word
-        for word, flag in (("user", replica.steps.paused_here), ("peer", replica.steps.paused_there))
-        if flag
+        word for word, flag in (("user", replica.steps.paused_here), ("peer", replica.steps.paused_there)) if flag
     ]
     entry: dict[str, object] = {
         "volume": volume.number,
@@ -128,9 +125,7 @@ def _progress(resource: Resource, replica: Replica, dirty: int) -> dict[str, obj
         "rs-same-csum": same * _BLOCK_KIB,
         "percent-resync-done": round(100 * done / total, 2),
         "db/dt [MiB/s]": round(rate / (1 << 20), 2),
-        "estimated-seconds-to-finish": round(dirty * 4096 / rate)
-        if done and elapsed_ns > 500_000_000
-        else None,
+        "estimated-seconds-to-finish": round(dirty * 4096 / rate) if done and elapsed_ns > 500_000_000 else None,
     }
 
 
@@ -162,10 +157,7 @@ def _disk_reasons(resource: Resource, volume: Volume) -> list[dict[str, str]]:
             )
         ]
     if volume.disk is Disk.INCONSISTENT and not synced:
-        if all(
-            r.decision is not None and r.decision.rule == "just-created-both"
-            for r in volume.replicas.values()
-        ):
+        if all(r.decision is not None and r.decision.rule == "just-created-both" for r in volume.replicas.values()):
             text = "both copies are new and nobody said which data counts"
             do = (
                 f"on the node with the data: replicator primary --force {name}; "
@@ -202,8 +194,9 @@ def _connection_reasons(resource: Resource, connection: Connection) -> list[dict
         if any(word in connection.reason for word in _SPLIT):
             text = f"the two copies went different ways: {connection.reason}"
             do = (
-                f"decide whose data counts; on the OTHER node: replicator down {name}, replicator create-md --force {name}, "
-                f"replicator up {name}; then on both: replicator connect {name}"
+                f"decide whose data counts; on the OTHER node: replicator down {name}, "
+                f"replicator create-md --force {name}, replicator up {name}; "
+                f"then on both: replicator connect {name}"
             )
             return [_entry(scope, "split-brain", text, do)]
         why = connection.reason or "nobody asked for a connection"

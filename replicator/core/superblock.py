@@ -261,9 +261,7 @@ def _pack_peer(peer: PeerSlot) -> bytes:
 def _unpack_peer(body: bytes, at: int) -> PeerSlot:
     node_id, flags, reserved, bitmap_id = _PEER.unpack_from(body, at)
     if flags & ~sum(_PEER_FLAGS.values()) or any(reserved):
-        raise FormatError(
-            f"the superblock is impossible: unknown flags {flags:#x} of peer {node_id}", hint=_RECREATE
-        )
+        raise FormatError(f"the superblock is impossible: unknown flags {flags:#x} of peer {node_id}", hint=_RECREATE)
     return PeerSlot(
         node_id=node_id,
         bitmap_id=bitmap_id,

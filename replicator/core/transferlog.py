@@ -3,8 +3,8 @@
 
 Every launched write is in the open epoch.  Closing an epoch sends a BARRIER to the peers that got writes of it
 and, once its writes are complete here, flushes the local disks.  An epoch retires when both are done; only then may its
-extents leave the activity log.  When a peer is lost, every range it has not confirmed is marked dirty: that is what makes
-a resync find them, under all three protocols.
+extents leave the activity log.  When a peer is lost, every range it has not confirmed is marked dirty: that is what
+makes a resync find them, under all three protocols.
 
 Epochs retire in order.  `retired` is the number of the newest retired one.  The log is bounded: `full` tells the write
 path to wait.
@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-#: Closed epochs that may wait for confirmation before new writes wait too.  64 epochs of 2048 writes are 8 MiB of records.
+#: Closed epochs that may wait for confirmation before new writes wait too.  64 epochs of 2048 writes are 8 MiB of
+#: records.
 EPOCHS_MAX: Final = 64
 
 
@@ -52,8 +53,9 @@ class Epoch:
 class TransferLog:
     """The epochs of one resource.
 
-    `barrier(peers, number)` sends BARRIER; `flush(epoch)` asks for local flushes, sets `epoch.flushing`, and later calls
-    `flushed(epoch)` once per flush; `mark(peer, volume, offset, size)` sets bits; `flush_done(volume, token)` answers a FLUSH.
+    `barrier(peers, number)` sends BARRIER; `flush(epoch)` asks for local flushes, sets `epoch.flushing`, and later
+    calls `flushed(epoch)` once per flush; `mark(peer, volume, offset, size)` sets bits; `flush_done(volume, token)`
+    answers a FLUSH.
     """
 
     def __init__(
@@ -174,12 +176,7 @@ class TransferLog:
                 if not epoch.flushing:
                     epoch.stable = True
         self._answer()
-        while (
-            self._closed
-            and self._closed[0].stable
-            and not self._closed[0].peers
-            and not self._closed[0].waiters
-        ):
+        while self._closed and self._closed[0].stable and not self._closed[0].peers and not self._closed[0].waiters:
             self.retired = self._closed.popleft().number
 
     def _answer(self) -> None:

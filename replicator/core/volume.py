@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One volume on this node: its disk, its metadata, its writes, and a `Replica` per peer.
 
-Owns the local disk's state and everything that is written to the metadata area.  The only place where bits are set (`mark`)
-and, on the word of a resync, cleared (`confirm`).  What concerns one peer is in `replica`, what concerns all volumes in
-`resource`.
+Owns the local disk's state and everything that is written to the metadata area.  The only place where bits are set
+(`mark`) and, on the word of a resync, cleared (`confirm`).  What concerns one peer is in `replica`, what concerns all
+volumes in `resource`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ class Group(Protocol):
     def replicated_done(self, volume: Volume, write: Write, error: int) -> None:
         """A replicated write ended."""
 
+    def disk_lost(self, volume: Volume) -> None:
+        """The local disk is being let go: no durable step that was asked for will end."""
+
     def disk_changed(self, volume: Volume) -> None:
         """The local disk was attached, or is gone for good."""
 
@@ -104,9 +107,7 @@ class Volume:
 
     def refresh(self) -> None:
         """Recompute what depends on the peers' states; called by whoever changes one."""
-        self.absent_mask = sum(
-            1 << peer for peer, replica in self.replicas.items() if not replica.replicating
-        )
+        self.absent_mask = sum(1 << peer for peer, replica in self.replicas.items() if not replica.replicating)
 
     def has_disk(self) -> bool:
         """Writes go to the local disk."""
@@ -226,9 +227,7 @@ class Volume:
 
     def _rotated(self) -> None:
         self._rotating = False
-        self.context.notice(
-            "new-generation", volume=self.number, current=f"{self.ledger.durable.current:016x}"
-        )
+        self.context.notice("new-generation", volume=self.number, current=f"{self.ledger.durable.current:016x}")
         self.group.rotated()
 
     def save_pages(self, then: Callable[[], None]) -> None:
@@ -329,9 +328,7 @@ class Volume:
         blocks = block_count(self.size)
         for peer, bitmap in attached.bitmaps.items():
             for extent in transaction.evict:
-                pages.setdefault(peer, set()).update(
-                    bitmap.changed_pages_over(*blocks_of_extent(extent, blocks))
-                )
+                pages.setdefault(peer, set()).update(bitmap.changed_pages_over(*blocks_of_extent(extent, blocks)))
         pieces = bitmap_pieces(attached, PAGES_MAX, pages)
         block = ((transaction.offset, transaction.block),)
 
@@ -449,6 +446,7 @@ class Volume:
                 self.context.out.append(WriteMeta(self.number, token, (piece,)))
         self.context.out.append(CloseDisk(self.number))
         self._thaw()
+        self.group.disk_lost(self)
 
     def _gasped(self, _: None, event: DiskDone) -> None:
         self._last_gasp = False  # written, or proven unwritable
@@ -460,11 +458,7 @@ class Volume:
         self._thaw()
 
     def _thaw(self) -> None:
-        if (
-            self._last_gasp
-            or self._farewells
-            or self.disk not in (Disk.FAILED, Disk.DETACHING, Disk.DISKLESS)
-        ):
+        if self._last_gasp or self._farewells or self.disk not in (Disk.FAILED, Disk.DETACHING, Disk.DISKLESS):
             return
         self.path.thaw(good=any(replica.has_good_data for replica in self.replicas.values()))
 

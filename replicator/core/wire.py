@@ -147,9 +147,7 @@ _LINK_ANSWER = Rule(sequence=True, link_wide=True)
 RULES: Final[dict[Kind, Rule]] = {
     Kind.HELLO: Rule(length_min=HELLO_MIN, length_max=HANDSHAKE_MAX, link_wide=True, handshake=True),
     Kind.AGREE: Rule(length_min=32, length_max=32, link_wide=True, handshake=True),
-    Kind.GOODBYE: Rule(
-        length_min=1, length_max=GOODBYE_MAX, flags=Flag.GRACEFUL, link_wide=True, handshake=True
-    ),
+    Kind.GOODBYE: Rule(length_min=1, length_max=GOODBYE_MAX, flags=Flag.GRACEFUL, link_wide=True, handshake=True),
     Kind.PING: _LINK_ANSWER,
     Kind.PONG: _LINK_ANSWER,
     Kind.ROLE: Rule(length_min=1, length_max=1, link_wide=True),

@@ -9,9 +9,9 @@ A write passes four gates in order, and waits at the first that is closed:
 3. *fork point*: a peer will not get this write and no fork point towards it is durable yet (V3);
 4. *activity log*: its extents are not hot on disk (V4).
 
-Whoever opens a gate wakes the writes behind it, and each starts again at gate 1, so a gate that closed meanwhile is seen.
-*Launch* happens in one turn: mark, log, send, submit.  The reply leaves when the local disk and the peers that count under
-the protocol have answered, and neither a missing fork point nor a failing disk stands in the way.
+Whoever opens a gate wakes the writes behind it, and each starts again at gate 1, so a gate that closed meanwhile is
+seen.  *Launch* happens in one turn: mark, log, send, submit.  The reply leaves when the local disk and the peers that
+count under the protocol have answered, and neither a missing fork point nor a failing disk stands in the way.
 """
 
 from __future__ import annotations
@@ -218,9 +218,7 @@ class WritePath:
         if own:
             write.sent = home.send(write)
         if own or logged:
-            write.epoch = self._log.add(
-                home.number, write.offset, write.size, write.sent, context.now, local=disk
-            )
+            write.epoch = self._log.add(home.number, write.offset, write.size, write.sent, context.now, local=disk)
             if logged:
                 home.touch(extents_of(write.offset, write.size), write.epoch.number)
         write.local = disk

@@ -146,18 +146,14 @@ class Commands:
         self._asked[token] = _Asked(verb, answer)
         self._loop.post(Command(token, verb, args))
 
-    def _nodes_left(
-        self, verb: str, args: Mapping[str, object], answer: Answer, refusal: Refusal | None
-    ) -> None:
+    def _nodes_left(self, verb: str, args: Mapping[str, object], answer: Answer, refusal: Refusal | None) -> None:
         if refusal is None:
             self._command(verb, args, answer)
             return
         self._exports.left()
         reply = Reply(False, refusal.code, refusal.number, refusal.message, refusal.hint)
         # What was detached before the refusal comes back.
-        self._exports.follow(
-            primary=self._facts.primary(), then=partial(self._nodes_follow, answer, reply, "")
-        )
+        self._exports.follow(primary=self._facts.primary(), then=partial(self._nodes_follow, answer, reply, ""))
 
     def _nodes_follow(self, answer: Answer, reply: Reply, said: str, errors: list[str]) -> None:
         if said and errors:

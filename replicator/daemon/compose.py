@@ -128,9 +128,7 @@ class Daemon:
         self.links = self._peer_links()
         self.controller = Controller(loop, setting.control_path, self._on_request, self._on_client_gone)
         self.watchers = Watchers(loop, self.status, self.controller.reply)
-        self.commands = Commands(
-            loop, self._facts(), self.exports, self.watchers, self.refresh, self._on_down
-        )
+        self.commands = Commands(loop, self._facts(), self.exports, self.watchers, self.refresh, self._on_down)
         self._dispatch: dict[type, Callable[[Any], object]] = {
             actions.ReadData: self.disks.submit,
             actions.WriteData: self.disks.submit,
@@ -182,9 +180,7 @@ class Daemon:
         Raises ReplicatorError when a socket cannot be had; then `close` gives back what could.
         """
         self.exports.listen()
-        if any(
-            peer > self._setting.node.node_id for peer in self._setting.config.peer_ids(self._setting.node)
-        ):
+        if any(peer > self._setting.node.node_id for peer in self._setting.config.peer_ids(self._setting.node)):
             self.links.listen()
         self.commands.ask("attach", {}, attached)
         self.commands.ask("connect", {}, lambda _answer: None)

@@ -114,12 +114,7 @@ class Exports:
             elif not size:
                 refused = f"{frontend.name} has no size yet on {self._node}: neither disk nor peer is there"
             frontend.export(Export(name=frontend.name, size_bytes=size, refused=refused))
-            if (
-                grown
-                and size
-                and self._manager is not None
-                and self._manager.node(frontend.volume) is not None
-            ):
+            if grown and size and self._manager is not None and self._manager.node(frontend.volume) is not None:
                 self._manager.resize(frontend.volume, size, self._resized)
         return changed
 
@@ -162,15 +157,11 @@ class Exports:
         if manager is None:
             then([])
         elif primary:
-            served = [
-                volume for volume in self._volumes if self._published.get(volume, (False, 0)) > (True, 0)
-            ]
+            served = [volume for volume in self._volumes if self._published.get(volume, (False, 0)) > (True, 0)]
             missing = {volume for volume in served if manager.node(volume) is None}
             self._begin("attach", missing, then)
         else:
-            self._begin(
-                "detach", {volume for volume in self._volumes if manager.node(volume) is not None}, then
-            )
+            self._begin("detach", {volume for volume in self._volumes if manager.node(volume) is not None}, then)
 
     def leave(self, *, force: bool, then: Callable[[Refusal | None], None]) -> None:
         """Remove the nodes before a demotion; `then(None)` when no node is in the way any more, else why not.

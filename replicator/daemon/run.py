@@ -140,9 +140,7 @@ class _Life:
         name = self._setting.config.name
         self._notifier.ready(f"{name} is served" if answer.ok else f"{name}: {answer.message}")
         said = answer._asdict()
-        self._readiness.tell(
-            ready=True, attach={key: said[key] for key in ("ok", "code", "number", "message", "hint")}
-        )
+        self._readiness.tell(ready=True, attach={key: said[key] for key in ("ok", "code", "number", "message", "hint")})
 
     def _on_watchdog(self) -> None:
         assert self._watchdog_ns is not None
@@ -170,9 +168,7 @@ class _Life:
         self._loop.stop()
 
     def _give_up(self) -> None:
-        self._log.warning(
-            "not-down", text=f"still not down after {TERM_NS // 10**9} s; it ends as after a crash"
-        )
+        self._log.warning("not-down", text=f"still not down after {TERM_NS // 10**9} s; it ends as after a crash")
         # Disks and peers do not answer: waiting for them again would be the same wait.
         _flush()
         os._exit(EXIT_NOT_DOWN)

@@ -43,9 +43,7 @@ LOCK_PAUSE_S = 0.05
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL})
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_prototype = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True
-)
+_prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)
 _fallocate = _prototype(("fallocate64" if hasattr(_libc, "fallocate64") else "fallocate", _libc))
 
 
@@ -60,9 +58,7 @@ _ZEROES = aligned_buffer().toreadonly()
 class Backing:
     """An open store.  Offsets and sizes in bytes; any thread may call any method but `close`."""
 
-    def __init__(
-        self, path: str, fd: int, *, direct: bool, block_size: int, size: int, device: bool
-    ) -> None:
+    def __init__(self, path: str, fd: int, *, direct: bool, block_size: int, size: int, device: bool) -> None:
         self.path = path
         self.fd = fd
         self.direct = direct  #: offset, size and memory of every transfer must be aligned

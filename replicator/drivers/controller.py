@@ -137,9 +137,7 @@ class Controller:
         sock.setblocking(False)
         _pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid not in self._users:
-            _say(
-                sock, _refusal("not-permitted", f"user {uid} may not control this resource", 0, "run as root")
-            )
+            _say(sock, _refusal("not-permitted", f"user {uid} may not control this resource", 0, "run as root"))
         elif len(self._connections) >= CONNECTIONS_MAX:
             message = f"{CONNECTIONS_MAX} control connections are open already"
             _say(sock, _refusal("too-many-connections", message, 0, "end some commands that wait"))
@@ -334,17 +332,13 @@ def _listen(path: str) -> socket.socket:
         os.makedirs(directory, mode=0o755, exist_ok=True)
         if os.stat(directory).st_mode & stat.S_IWOTH:
             hint = f"chmod o-w {directory}, or set REPLICATOR_RUN_DIR"
-            raise DiskError(
-                f"everybody may write to {directory}, and could take the socket's place", hint=hint
-            )
+            raise DiskError(f"everybody may write to {directory}, and could take the socket's place", hint=hint)
         _refuse_second(path)
         try:
             os.unlink(fresh)
         except FileNotFoundError:
             pass
-        listener = socket.socket(
-            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        )
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             listener.bind(fresh)
             os.chmod(fresh, 0o600)

@@ -116,9 +116,7 @@ def _why_no_nbd() -> str:
         modprobe = find_tool("modprobe")
         if modprobe is not None:
             # nbds_max=0: nodes are made on demand, not sixteen in advance
-            subprocess.run(
-                [modprobe, "-q", "nbd", "nbds_max=0"], capture_output=True, check=False, timeout=30
-            )
+            subprocess.run([modprobe, "-q", "nbd", "nbds_max=0"], capture_output=True, check=False, timeout=30)
     try:
         Netlink().close()
     except DiskError:

@@ -173,9 +173,7 @@ class FuseLoop:
     def _unmount(self) -> None:
         def gone() -> bool:
             if self._is_mounted():
-                subprocess.run(
-                    [_tool("umount"), str(self._mount)], capture_output=True, check=False, timeout=_TOOL_S
-                )
+                subprocess.run([_tool("umount"), str(self._mount)], capture_output=True, check=False, timeout=_TOOL_S)
             return not self._is_mounted()
 
         if not wait_until(gone, seconds=_GONE_S):

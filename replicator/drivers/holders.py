@@ -47,9 +47,7 @@ def holders(path: Path, *, proc: Path = Path("/proc"), sys: Path = Path("/sys"))
         return []
     major_minor = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     found = [Holder("mount", where) for where in mounts_of(_read(proc / "self/mountinfo"), node, major_minor)]
-    found += [
-        Holder("swap", str(node)) for line in _read(proc / "swaps").splitlines() if _swaps_on(line, node)
-    ]
+    found += [Holder("swap", str(node)) for line in _read(proc / "swaps").splitlines() if _swaps_on(line, node)]
     found += [Holder("device", entry.name) for entry in _entries(sys / "dev/block" / major_minor / "holders")]
     return found + _openers(proc, status.st_rdev)
 
@@ -73,9 +71,7 @@ def mounts_of(mountinfo: str, node: Path, major_minor: str) -> list[str]:
 def unescape(text: str) -> str:
     r"""Undo the kernel's \ooo for blank, tab, newline and backslash."""
     head, *tail = text.split("\\")
-    return head + "".join(
-        chr(int(part[:3], 8)) + part[3:] if part[:3].isdigit() else "\\" + part for part in tail
-    )
+    return head + "".join(chr(int(part[:3], 8)) + part[3:] if part[:3].isdigit() else "\\" + part for part in tail)
 
 
 def _same(source: str, node: Path) -> bool:

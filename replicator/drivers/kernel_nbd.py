@@ -113,9 +113,7 @@ class KernelNbd:
                 kernel.close()
             self._index = None
             if not wait_until(lambda: self._left_over() != index, seconds=_APPEAR_S):
-                raise DiskError(
-                    f"/dev/nbd{index} was disconnected and is still in use after {_APPEAR_S:.0f} s"
-                )
+                raise DiskError(f"/dev/nbd{index} was disconnected and is still in use after {_APPEAR_S:.0f} s")
         self._close_sockets()
 
     def mend(self) -> bool:

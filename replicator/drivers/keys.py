@@ -46,9 +46,7 @@ CERTIFICATES_MAX: Final = 8  #: in one file; a rotation needs two
 _FILE_MAX_BYTES: Final = 64 * 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PEM = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
-_FOREVER: Final = datetime(
-    9999, 12, 31, 23, 59, 59, tzinfo=UTC
-)  # RFC 5280 4.1.2.5: no well-defined expiration
+_FOREVER: Final = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280 4.1.2.5: no well-defined expiration
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -107,9 +105,7 @@ def activate_next(directory: Path) -> Fingerprint:
     key, key_next = directory / KEY_FILE, directory / (KEY_FILE + NEXT_SUFFIX)
     certificate, certificate_next = directory / CERTIFICATE_FILE, directory / (CERTIFICATE_FILE + NEXT_SUFFIX)
     if not os.path.lexists(key_next):
-        raise ConfigError(
-            [f"{key_next} does not exist"], hint="make the next key first: replicator keygen --rotate"
-        )
+        raise ConfigError([f"{key_next} does not exist"], hint="make the next key first: replicator keygen --rotate")
     interrupted = not os.path.lexists(certificate_next)
     active = _load_pair(_context(), certificate if interrupted else certificate_next, key_next)
     if not interrupted:
@@ -207,9 +203,7 @@ def _make_pair(node: str) -> tuple[bytes, bytes]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node)])
-    usage = x509.KeyUsage(
-        True, False, False, False, False, False, False, False, False
-    )  # digitalSignature only
+    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digitalSignature only
     purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     certificate = (
         x509.CertificateBuilder()
@@ -272,9 +266,7 @@ def _check_directory(directory: Path) -> None:
     try:
         status = os.stat(directory)
     except OSError as error:
-        raise ConfigError(
-            [f"{directory} cannot be read: {error.strerror}"], hint="run replicator keygen"
-        ) from None
+        raise ConfigError([f"{directory} cannot be read: {error.strerror}"], hint="run replicator keygen") from None
     if not stat.S_ISDIR(status.st_mode):
         raise ConfigError([f"{directory} is not a directory"])
     if status.st_mode & 0o022:
@@ -308,15 +300,11 @@ def _opened(path: Path, *, secret: bool, hint: str) -> Iterator[int]:
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError([f"{path} is not a plain file"], hint=hint)
         if status.st_uid not in (0, os.geteuid()):
-            raise ConfigError(
-                [f"{path} belongs to user {status.st_uid}"], hint=f"chown it to user {os.geteuid()}"
-            )
+            raise ConfigError([f"{path} belongs to user {status.st_uid}"], hint=f"chown it to user {os.geteuid()}")
         if mode & (0o077 if secret else 0o022):
             verb = "read" if secret else "changed"
             wanted = "600" if secret else "644"
-            raise ConfigError(
-                [f"{path} can be {verb} by others (mode {mode:04o})"], hint=f"chmod {wanted} {path}"
-            )
+            raise ConfigError([f"{path} can be {verb} by others (mode {mode:04o})"], hint=f"chmod {wanted} {path}")
         if status.st_size > _FILE_MAX_BYTES:
             raise ConfigError([f"{path} has {status.st_size} bytes, more than {_FILE_MAX_BYTES}"], hint=hint)
         yield descriptor
@@ -334,16 +322,12 @@ def _read(path: Path, descriptor: int) -> str:
 
 def _parse_certificates(path: Path, text: str, hint: str) -> tuple[bytes, ...]:
     if "PRIVATE KEY" in text:
-        raise ConfigError(
-            [f"{path} holds a private key"], hint=f"{hint}; a key never leaves its node: make a new one"
-        )
+        raise ConfigError([f"{path} holds a private key"], hint=f"{hint}; a key never leaves its node: make a new one")
     blocks = _PEM.findall(text)
     if not blocks or len(blocks) != text.count("-----BEGIN"):
         raise ConfigError([f"{path} is not a PEM file of certificates"], hint=hint)
     if len(blocks) > CERTIFICATES_MAX:
-        raise ConfigError(
-            [f"{path} holds {len(blocks)} certificates, more than {CERTIFICATES_MAX}"], hint=hint
-        )
+        raise ConfigError([f"{path} holds {len(blocks)} certificates, more than {CERTIFICATES_MAX}"], hint=hint)
     certificates = []
     for number, block in enumerate(blocks, 1):
         try:
@@ -363,9 +347,7 @@ def _load_pair(context: ssl.SSLContext, certificate_path: Path, key_path: Path) 
     ):
         certificates = _parse_certificates(certificate_path, _read(certificate_path, certificate_file), hint)
         if len(certificates) != 1:
-            raise ConfigError(
-                [f"{certificate_path} holds {len(certificates)} certificates instead of one"], hint=hint
-            )
+            raise ConfigError([f"{certificate_path} holds {len(certificates)} certificates instead of one"], hint=hint)
         try:  # by descriptor: the file that was checked, even if the name means another one by now
             context.load_cert_chain(
                 f"/proc/self/fd/{certificate_file}", f"/proc/self/fd/{key_file}", password=lambda: b""
@@ -389,6 +371,4 @@ def _context() -> ssl.SSLContext:
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            [f"node name {name[:80]!r} is not 1 to 64 letters, digits, dots, dashes or underscores"]
-        )
+        raise ConfigError([f"node name {name[:80]!r} is not 1 to 64 letters, digits, dots, dashes or underscores"])

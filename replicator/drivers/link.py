@@ -162,8 +162,7 @@ class Link:
         elif self._stream.input_ended:
             part = self._decoder.buffered_bytes
             self.cut(
-                self._stream.input_ended
-                + (f" in the middle of a frame, {part} bytes of it had come" if part else "")
+                self._stream.input_ended + (f" in the middle of a frame, {part} bytes of it had come" if part else "")
             )
         elif self._stream.undelivered() and self._resume is None:
             self._resume = self._loop.call_at(self._loop.now_ns(), self._on_resume)

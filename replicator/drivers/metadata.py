@@ -198,9 +198,7 @@ def _dump_peer(slot: int, peer: superblock.PeerSlot, raw: bytes, blocks: int) ->
 
 
 @contextmanager
-def _stores(
-    place: Place, *, read_only: bool = False, create_for_slots: int = 0
-) -> Iterator[tuple[Backing, Backing]]:
+def _stores(place: Place, *, read_only: bool = False, create_for_slots: int = 0) -> Iterator[tuple[Backing, Backing]]:
     data = open_backing(place.disk, io=place.io, read_only=read_only)
     metadata = data
     try:
@@ -257,9 +255,7 @@ def _read_area(data: Backing, metadata: Backing) -> tuple[OpenedDisk, superblock
         fixed = metadata.read(base, FIXED_BYTES)
         found = superblock.choose(*_copies(fixed)).superblock
         layout = _layout_of(found, base, data, internal=metadata is data)
-        bitmaps = {
-            slot: metadata.read(layout.slot_base(slot), layout.slot_bytes) for slot in range(layout.slots)
-        }
+        bitmaps = {slot: metadata.read(layout.slot_base(slot), layout.slot_bytes) for slot in range(layout.slots)}
     except FormatError as error:
         raise FormatError(f"{metadata.path}: {error.message}", hint=error.hint) from error
     except OSError as error:

@@ -194,9 +194,7 @@ class TlsStream:
             raise tls_fault(error) from None
         # An SSLSocket wrapped around a socket that was not connected speaks clear text without a word.
         if self._sock.version() != "TLSv1.3":
-            raise ProtocolError(
-                f"the connection speaks {self._sock.version() or 'clear text'} instead of TLSv1.3"
-            )
+            raise ProtocolError(f"the connection speaks {self._sock.version() or 'clear text'} instead of TLSv1.3")
         return 0
 
     def fingerprint(self) -> Fingerprint:
@@ -307,9 +305,7 @@ def _context(protocol: int) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
-    context.verify_flags |= (
-        ssl.VERIFY_X509_PARTIAL_CHAIN
-    )  # a pinned certificate is an anchor, whoever signed it
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # a pinned certificate is an anchor, whoever signed it
     return context
 
 

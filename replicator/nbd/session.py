@@ -327,9 +327,7 @@ class NbdSession:
                 self.in_flight_bytes += size
             self._offer(cookie, command, flags, offset, size, ())
 
-    def _offer(
-        self, cookie: int, command: int, flags: int, offset: int, size: int, parts: tuple[Buffer, ...]
-    ) -> None:
+    def _offer(self, cookie: int, command: int, flags: int, offset: int, size: int, parts: tuple[Buffer, ...]) -> None:
         """Offer a request in pieces; `parts` are a WRITE's payload, one per piece."""
         kind = KINDS[command]
         fua = bool(flags & c.CMD_FLAG_FUA) and command != _READ
@@ -360,9 +358,7 @@ class NbdSession:
         self._output.extend(parts)
         self.unsent_bytes += sum(map(len, parts))
 
-    def _answer(
-        self, cookie: int, command: int, offset: int, size: int, error: int, parts: list[Buffer]
-    ) -> None:
+    def _answer(self, cookie: int, command: int, offset: int, size: int, error: int, parts: list[Buffer]) -> None:
         """Answer a whole request.  Only READ needs a structured reply when those were negotiated."""
         if command <= _WRITE:
             self.in_flight_bytes -= size  # only now: the parts of a split READ are held until it is complete

@@ -42,9 +42,7 @@ def running(pair: TwoNodes) -> TwoNodes:
     [("internal", "clear"), ("external", "tls")],
     ids=["internal-clear", "external-tls"],
 )
-def test_a_primary_that_is_killed_is_replaced_and_catches_up(
-    tmp_path: Path, metadata: str, security: str
-) -> None:
+def test_a_primary_that_is_killed_is_replaced_and_catches_up(tmp_path: Path, metadata: str, security: str) -> None:
     with TwoNodes(tmp_path, metadata=metadata, security=security) as nodes:
         if security == "tls":
             nodes.exchange_keys()

@@ -41,12 +41,9 @@ class Server:
             "refuse": lambda: self.control.reply(
                 token, Reply(False, "no-data", -2, "no good data here", "connect first")
             ),
-            "count": lambda: [
-                self.control.reply(token, Reply(True, data={"n": n}, final=n == 3)) for n in (1, 2, 3)
-            ],
+            "count": lambda: [self.control.reply(token, Reply(True, data={"n": n}, final=n == 3)) for n in (1, 2, 3)],
             "flood": lambda: [
-                self.control.reply(token, Reply(True, data={"x": "y" * 2**19}, final=False))
-                for _ in range(40)
+                self.control.reply(token, Reply(True, data={"x": "y" * 2**19}, final=False)) for _ in range(40)
             ],
             "unsayable": lambda: self.control.reply(token, Reply(True, data={"x": "y" * 2**20})),
             "wait": lambda: self.waiting.append(token),
@@ -231,9 +228,5 @@ def test_a_token_that_was_never_given_out_is_a_broken_invariant(server: Server, 
 def test_the_client_imports_little() -> None:
     code = "import sys, replicator.control.client; print(*sys.modules)"
     environ = os.environ | {"PYTHONPATH": str(Path(controller_module.__file__).parents[2])}
-    names = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
-    )
-    assert not {"ssl", "dataclasses", "asyncio", "logging", "subprocess", "structlog"} & set(
-        names.stdout.split()
-    )
+    names = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert not {"ssl", "dataclasses", "asyncio", "logging", "subprocess", "structlog"} & set(names.stdout.split())

@@ -146,9 +146,7 @@ def test_detach_leaves_nothing_behind_and_data_stays(export: tuple[Device, Expor
     assert node.read_bytes()[: len(PATTERN)] == PATTERN
 
 
-def test_the_next_run_copes_with_what_a_killed_one_left(
-    export: tuple[Device, Export], tmp_path: Path
-) -> None:
+def test_the_next_run_copes_with_what_a_killed_one_left(export: tuple[Device, Export], tmp_path: Path) -> None:
     device, names = export
     write_and_read(device.attach(), 0)
     kind: Literal["fuse", "nbd"] = "fuse" if isinstance(device, FuseLoop) else "nbd"

@@ -147,9 +147,7 @@ def test_neighbouring_writes_in_any_order_land_where_they_belong(rig: Rig) -> No
 
 
 def test_neighbouring_writes_are_joined_only_within_their_kind(rig: Rig) -> None:
-    done = rig.run(
-        rig.write(0, b"a" * 4096), rig.write(4096, b"b" * 4096, fua=True), rig.write(8192, b"c" * 4096)
-    )
+    done = rig.run(rig.write(0, b"a" * 4096), rig.write(4096, b"b" * 4096, fua=True), rig.write(8192, b"c" * 4096))
     assert [event.error for event in done] == [0, 0, 0]
     assert rig.content(0, 12288) == b"a" * 4096 + b"b" * 4096 + b"c" * 4096
 
@@ -170,14 +168,10 @@ def test_source_buffers_need_no_alignment(rig: Rig) -> None:
 
 @pytest.mark.parametrize("punch", [True, False])
 @pytest.mark.parametrize(("offset", "size"), [(4096, 1 << 20), (512, 512), (3584, 9216), (0, SIZE)])
-def test_a_zeroed_range_reads_as_zeroes_and_its_neighbours_stay(
-    rig: Rig, punch: bool, offset: int, size: int
-) -> None:
+def test_a_zeroed_range_reads_as_zeroes_and_its_neighbours_stay(rig: Rig, punch: bool, offset: int, size: int) -> None:
     (done,) = rig.run(rig.zero(offset, size, punch, fua=True))
     assert done.error == 0
-    assert rig.content(0, SIZE) == (
-        b"\xa5" * offset + bytes(size) + b"\xa5" * (SIZE - offset - size)
-    )
+    assert rig.content(0, SIZE) == (b"\xa5" * offset + bytes(size) + b"\xa5" * (SIZE - offset - size))
 
 
 def test_trim_gives_the_space_back(rig: Rig, path: Path) -> None:
@@ -402,9 +396,7 @@ def test_a_block_device_is_opened_alone_and_names_its_user(loop_device: str, tmp
 
 def test_a_block_device_takes_sectors_zeroes_and_trims(loop_device: str) -> None:
     rig = Rig(open_backing(loop_device))
-    done = rig.run(
-        rig.write(512, b"s" * 512), rig.write(2048, b"t" * 512), rig.zero(8192, 1 << 20), rig.flush()
-    )
+    done = rig.run(rig.write(512, b"s" * 512), rig.write(2048, b"t" * 512), rig.zero(8192, 1 << 20), rig.flush())
     assert [event.error for event in done] == [0] * 4
     expected = b"\xa5" * 512 + b"s" * 512 + b"\xa5" * 1024 + b"t" * 512 + b"\xa5" * 1536
     assert rig.content(0, 4096) == expected
@@ -419,9 +411,7 @@ def test_a_block_device_takes_sectors_zeroes_and_trims(loop_device: str) -> None
 
 
 def create(place: Place, force: bool = False) -> Superblock:
-    return create_metadata(
-        place, volume=3, node_id=1, peer_ids=[2], slots=2, resource_id=b"r" * 16, force=force
-    )
+    return create_metadata(place, volume=3, node_id=1, peer_ids=[2], slots=2, resource_id=b"r" * 16, force=force)
 
 
 @pytest.fixture(params=["internal", "external"])

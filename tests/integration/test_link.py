@@ -176,9 +176,7 @@ def ended(sock: socket.socket) -> bool:
 
 
 def write(sequence: int, size: int = 4096) -> Frame:
-    return Frame(
-        Kind.WRITE, sequence=sequence, offset=0, size=size, payload=sequence.to_bytes(8, "big") * (size // 8)
-    )
+    return Frame(Kind.WRITE, sequence=sequence, offset=0, size=size, payload=sequence.to_bytes(8, "big") * (size // 8))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -277,9 +275,7 @@ def test_a_node_that_meets_itself_is_refused(world: World, tmp_path: Path) -> No
     assert not world.ups()
 
 
-def test_a_peer_that_answers_in_clear_is_refused_and_not_retried_in_clear(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_peer_that_answers_in_clear_is_refused_and_not_retried_in_clear(world: World, tmp_path: Path) -> None:
     pair = Pair(world, tmp_path)
     beta = pair.links(2)
     with socket.create_server((pair.host, pair.ports[1])) as server:
@@ -304,12 +300,8 @@ def _readable(sock: socket.socket) -> bool:
     return bool(select.select([sock], [], [], 0)[0])
 
 
-@pytest.mark.parametrize(
-    "said", [b"".join(map(bytes, encode(HELLO))), b"GET / HTTP/1.0\r\n\r\n", b"\0" * 4096]
-)
-def test_a_stranger_that_speaks_no_tls_is_refused_and_told_nothing(
-    world: World, tmp_path: Path, said: bytes
-) -> None:
+@pytest.mark.parametrize("said", [b"".join(map(bytes, encode(HELLO))), b"GET / HTTP/1.0\r\n\r\n", b"\0" * 4096])
+def test_a_stranger_that_speaks_no_tls_is_refused_and_told_nothing(world: World, tmp_path: Path, said: bytes) -> None:
     pair = Pair(world, tmp_path)
     pair.start()
     with pair.stranger() as sock:
@@ -425,9 +417,7 @@ def test_a_stranger_that_says_nothing_is_cut_at_the_deadline(world: World, tmp_p
     assert not [down for down in world.downs() if down.link in (a, b)]
 
 
-def test_a_peer_that_accepts_and_says_nothing_fails_the_dial_at_the_deadline(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_peer_that_accepts_and_says_nothing_fails_the_dial_at_the_deadline(world: World, tmp_path: Path) -> None:
     pair = Pair(world, tmp_path)
     beta = pair.links(2)
     with socket.create_server((pair.host, pair.ports[1])):
@@ -456,9 +446,7 @@ def _arrived(world: World, link: int) -> bool:
     return any(frame.sequence == 2 for frame in world.frames(link, Kind.WRITE))
 
 
-def test_a_rotation_under_load_keeps_the_old_link_and_new_links_use_the_new_key(
-    world: World, tmp_path: Path
-) -> None:
+def test_a_rotation_under_load_keeps_the_old_link_and_new_links_use_the_new_key(world: World, tmp_path: Path) -> None:
     pair = Pair(world, tmp_path)
     alpha, a, beta, b = pair.up()
     new = keys.rotate("beta", pair.directories[2])
@@ -475,9 +463,7 @@ def test_a_rotation_under_load_keeps_the_old_link_and_new_links_use_the_new_key(
 
 
 @pytest.mark.parametrize("tls", [True, False])
-def test_garbage_instead_of_frames_ends_the_link_with_the_reason(
-    world: World, tmp_path: Path, tls: bool
-) -> None:
+def test_garbage_instead_of_frames_ends_the_link_with_the_reason(world: World, tmp_path: Path, tls: bool) -> None:
     pair = Pair(world, tmp_path, tls=tls)
     pair.start()
     raw = pair.stranger()

@@ -27,7 +27,7 @@ def main() -> int:
             run.execute()
         except AssertionError as error:
             failed.append(seed)
-            sys.stdout.write(f"seed {seed}: {error or traceback.format_exc()}\n")
+            sys.stdout.write(f"seed {seed}: {str(error) or traceback.format_exc()}\n")
             if args.seed is not None:
                 traceback.print_exc()
         except Exception:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk with a volatile cache, and its metadata area.
 
-Data and metadata writes are applied when their completion is drawn.  What was applied but not flushed is in the cache: a
-power cut loses, keeps or tears each such write, sector by sector.  A killed process loses nothing that was applied; what
-was handed over but not completed may or may not have happened.
+Data and metadata writes are applied when their completion is drawn.  What was applied but not flushed is in the cache:
+a power cut loses, keeps or tears each such write, sector by sector.  A killed process loses nothing that was applied;
+what was handed over but not completed may or may not have happened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Area:
 
     def write(self, offset: int, data: bytes) -> None:
         """Into the cache."""
-        assert 0 <= offset and offset + len(data) <= len(self.seen), (offset, len(data), len(self.seen))
+        assert offset >= 0 and offset + len(data) <= len(self.seen), (offset, len(data), len(self.seen))
         self.seen[offset : offset + len(data)] = data
         self.cache.append((offset, data))
 

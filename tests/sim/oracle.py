@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a client may see: per sector, the values that a read (or the disk at the end) is allowed to show.
 
-Every write carries its own number in every sector.  `possible` holds, per sector, the last acknowledged value and every value
-that may still come out instead of it (unanswered writes).  An acknowledgement removes what it certainly overwrote.
-What was removed since the last FLUSH is remembered: when the only good copy loses power, it is possible again.
+Every write carries its own number in every sector.  `possible` holds, per sector, the last acknowledged value and every
+value that may still come out instead of it (unanswered writes).  An acknowledgement removes what it certainly
+overwrote.  What was removed since the last FLUSH is remembered: when the only good copy loses power, it is possible
+again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Oracle:
             self._settle(sector, write.number, write.issued, now, stable=write.fua)
 
     def _settle(self, sector: int, number: int, since: int, now: int, *, stable: bool) -> None:
-        keep, gone = {number}, set()
+        keep: set[int] = {number}
+        gone: set[int] = set()
         for other in self.possible[sector] - {number}:
             write = self.writes[other]
             concurrent = not write.over or (write.acked is not None and write.acked >= since)

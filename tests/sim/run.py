@@ -71,9 +71,7 @@ class Run:
         self.seed = seed
         self.rng = random.Random(f"run {seed}")
         self.swarm = Swarm.draw(self.rng)
-        self.world: World = two_nodes(
-            seed, size=self.swarm.size, volumes=self.swarm.volumes, **self.swarm.options
-        )
+        self.world: World = two_nodes(seed, size=self.swarm.size, volumes=self.swarm.volumes, **self.swarm.options)
         self.oracles = {number: Oracle() for number in self.swarm.volumes}
         self.number = 0
         self.over = False
@@ -118,9 +116,9 @@ class Run:
         for number, holding in self.holding.items():
             if node is not None:
                 if self.caught_up(node):
-                    holding |= self.holders(node, number)
+                    holding.update(self.holders(node, number))
             elif established(self.world):
-                holding |= {0, 1}
+                holding.update({0, 1})
 
     def loses(self, node: Node, number: int | None = None) -> None:
         """This node's copy may lack something from now on."""
@@ -138,7 +136,7 @@ class Run:
         """A Primary that begins a generation has gone on alone: nobody else may be chosen."""
         if code == "new-generation" and node is self.primary():
             for number, holding in self.holding.items():
-                holding &= self.holders(node, number)
+                holding.intersection_update(self.holders(node, number))
 
     # --- the workload
 
@@ -180,9 +178,7 @@ class Run:
         first, count = self.place()
         kind = self.rng.random()
         io = Io.WRITE if kind < 0.85 else Io.TRIM if kind < 0.93 else Io.ZERO
-        write = Issued(
-            self.number, first, count, self.world.now, zero=io is not Io.WRITE, fua=self.rng.random() < 0.1
-        )
+        write = Issued(self.number, first, count, self.world.now, zero=io is not Io.WRITE, fua=self.rng.random() < 0.1)
         oracle = self.oracles[volume]
         oracle.issue(write)
         life = node.life
@@ -193,9 +189,7 @@ class Run:
                 if self.swarm.options["protocol"] == "A" and node.id in holders:
                     holders = {node.id}
                 elif self.swarm.options["protocol"] == "A":
-                    self.holding[volume] = set(
-                        holders
-                    )  # in order: what it acknowledges now includes all before
+                    self.holding[volume] = set(holders)  # in order: what it acknowledges now includes all before
                 if holders:  # (when the acknowledgement and the end of the link came together, nobody is)
                     self.holding[volume] &= holders
                 oracle.ack(write, self.world.now)
@@ -306,9 +300,7 @@ class Run:
         resource = node.resource
         assert resource is not None
         states = {
-            replica.replication.value
-            for volume in resource.volumes.values()
-            for replica in volume.replicas.values()
+            replica.replication.value for volume in resource.volumes.values() for replica in volume.replicas.values()
         }
         for state in states & {"SyncTarget", "SyncSource", "WFBitMapS", "WFBitMapT"}:
             self.sometimes(f"{'power cut' if power else 'kill'} while {state}")
@@ -386,9 +378,7 @@ class Run:
             return
         link, side = alive[-1], self.rng.randrange(2)
         self.world.stall(link, side, stalled=True)
-        self.world.after(
-            int(self.rng.random() * 3 * SECOND), lambda: self.world.stall(link, side, stalled=False)
-        )
+        self.world.after(int(self.rng.random() * 3 * SECOND), lambda: self.world.stall(link, side, stalled=False))
 
     def fault_switch(self) -> None:
         """Switch over in order: demote here; the manager promotes again."""
@@ -469,9 +459,7 @@ class Run:
                 continue
             for block in range(self.swarm.size // BLOCK):
                 part = slice(block * BLOCK, (block + 1) * BLOCK)
-                if first[part] != second[part] and not any(
-                    self.marked(node, number, block) for node in nodes
-                ):
+                if first[part] != second[part] and not any(self.marked(node, number, block) for node in nodes):
                     self.fail(f"volume {number} block {block} differs and nobody knows")
 
     @staticmethod

@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from replicator.core import actions as act
 from replicator.core import events as ev
@@ -68,7 +69,7 @@ class Node:
         self.resource: Resource | None = None
         self.life = 0  # which process this is; completions of an earlier one are dropped
         self.answers: dict[int, act.CommandDone] = {}
-        self.handlers: dict[int, Callable[[act.CommandDone], None]] = {}
+        self.handlers: dict[int, Callable[[act.CommandDone], object]] = {}
         self.replies: dict[int, Callable[[act.Reply], None]] = {}
         self.notices: list[act.Notice] = []
         self.pending: set[int] = set()  # disk operations not completed, by serial
@@ -91,9 +92,7 @@ class Node:
         self.world.trace(self.id, "boot")
         self.command("attach", lambda _: self.command("connect"))
 
-    def command(
-        self, verb: str, then: Callable[[act.CommandDone], None] | None = None, **args: object
-    ) -> int:
+    def command(self, verb: str, then: Callable[[act.CommandDone], object] | None = None, **args: object) -> int:
         """An operator's command; `then` gets the answer."""
         token = next(self.world.serial)
         if then is not None:
@@ -101,9 +100,7 @@ class Node:
         self.step(ev.Command(token, verb, args))
         return token
 
-    def request(
-        self, then: Callable[[act.Reply], None], io: ev.Io, offset: int, size: int, **more: object
-    ) -> None:
+    def request(self, then: Callable[[act.Reply], None], io: ev.Io, offset: int, size: int, **more: object) -> None:
         """A client's request on volume 0 unless `volume` is given."""
         token = next(self.world.serial)
         self.replies[token] = then
@@ -169,7 +166,7 @@ class World:
         self.rng = random.Random(seed)
         self.now = 1
         self.serial = itertools.count(1)
-        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._heap: list[tuple[int, int, Callable[[], object]]] = []
         self.nodes: dict[int, Node] = {}
         self.links: list[Link] = []
         self.link_ends: dict[tuple[int, int], tuple[Link, int]] = {}
@@ -188,7 +185,7 @@ class World:
         """One line of the trace."""
         self.lines.append(f"{self.now / MS:12.3f} {node} {text}")
 
-    def after(self, delay: int, call: Callable[[], None]) -> None:
+    def after(self, delay: int, call: Callable[[], object]) -> None:
         """Call later (nanoseconds)."""
         heapq.heappush(self._heap, (self.now + delay, next(self.serial), call))
 
@@ -262,20 +259,14 @@ class World:
         return int(base * (0.2 + spread * (20 if spread > 0.97 else 2)))
 
     def _do_readdata(self, node: Node, a: act.ReadData) -> None:
-        self._disk_op(
-            node, a.volume, a.token, lambda disk: bytes(disk.data.seen[a.offset : a.offset + a.size])
-        )
+        self._disk_op(node, a.volume, a.token, lambda disk: bytes(disk.data.seen[a.offset : a.offset + a.size]))
 
     def _do_writedata(self, node: Node, a: act.WriteData) -> None:
         data = bytes(a.data)
-        self._disk_op(
-            node, a.volume, a.token, lambda disk: disk.data.write(a.offset, data), "data" if a.fua else ""
-        )
+        self._disk_op(node, a.volume, a.token, lambda disk: disk.data.write(a.offset, data), "data" if a.fua else "")
 
     def _do_zerodata(self, node: Node, a: act.ZeroData) -> None:
-        self._disk_op(
-            node, a.volume, a.token, lambda d: d.data.write(a.offset, bytes(a.size)), "data" if a.fua else ""
-        )
+        self._disk_op(node, a.volume, a.token, lambda d: d.data.write(a.offset, bytes(a.size)), "data" if a.fua else "")
 
     def _do_flushdata(self, node: Node, a: act.FlushData) -> None:
         # The flush covers what was complete when it was asked for: writes applied later stay in the cache.
@@ -368,7 +359,7 @@ class World:
 
     def _do_cutclients(self, node: Node, a: act.CutClients) -> None:
         for client in range(node.opened):
-            self.after(1, lambda client=client: node.step(ev.ClientClosed(a.volume, client)))
+            self.after(1, partial(node.step, ev.ClientClosed(a.volume, client)))
         node.opened = 0
 
     # --- the network
@@ -487,13 +478,12 @@ class World:
             if end.up:
                 end.up = False
                 node = self.nodes[end.node]
-                life = node.life
-                self.after(
-                    self._net_delay(),
-                    lambda node=node, end=end, life=life: (
-                        node.step(ev.LinkDown(end.number, "connection reset")) if node.life == life else None
-                    ),
-                )
+                self.after(self._net_delay(), partial(self._reset, node, end, node.life))
+
+    @staticmethod
+    def _reset(node: Node, end: End, life: int) -> None:
+        if node.life == life:
+            node.step(ev.LinkDown(end.number, "connection reset"))
 
     def cut_all(self) -> None:
         """Reset every link."""

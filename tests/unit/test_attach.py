@@ -89,9 +89,7 @@ class Attempt:
         self.refused: list[str] = []
         self.errors: list[int] = []
         self.steps: list[WriteMeta] = []
-        attaching = Attaching(
-            self.context, volume, PEERS, self._done, self.refused.append, self.errors.append
-        )
+        attaching = Attaching(self.context, volume, PEERS, self._done, self.refused.append, self.errors.append)
         attaching.begin(image.opened(size))
 
     def _done(self, attached: Attached) -> None:

@@ -162,9 +162,7 @@ def test_every_fault_of_a_configuration_has_its_line(home: Path, capsys: pytest.
     assert "protocol" in said.err and "net.foo" in said.err and "OK" not in said.out
 
 
-def test_check_finds_missing_keys_when_the_link_is_encrypted(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_finds_missing_keys_when_the_link_is_encrypted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = home / "etc" / "r0.toml"
     path.write_text(path.read_text().replace('"clear"', '"tls"'))
     assert main(["check", "r0"]) == 10
@@ -305,9 +303,7 @@ def test_a_wait_for_the_sync_goes_on_while_there_is_a_resync() -> None:
 
 
 def test_a_wait_for_the_sync_of_two_worthless_copies_is_in_vain() -> None:
-    verdict = watch.synced(
-        seen(replication="Off", disk="Inconsistent", **{"peer-disk-state": "Inconsistent"})
-    )
+    verdict = watch.synced(seen(replication="Off", disk="Inconsistent", **{"peer-disk-state": "Inconsistent"}))
     assert verdict is not None and "nothing to sync" in verdict
 
 

@@ -257,9 +257,7 @@ def test_down_is_answered_when_everything_is_closed(world: World) -> None:
     assert existed == []
     world.daemon.close()
     assert existed == [False]
-    world.daemon = Daemon(
-        world.loop, world.setting, world.core, world.log, world._stop
-    )  # for the fixture to close
+    world.daemon = Daemon(world.loop, world.setting, world.core, world.log, world._stop)  # for the fixture to close
 
 
 def test_a_disk_that_cannot_be_opened_is_reported_and_can_be_closed(world: World) -> None:

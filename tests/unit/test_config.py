@@ -188,9 +188,7 @@ def test_ports_and_clear_links_can_be_allowed_by_a_second_word() -> None:
     assert parse(loopback.encode(), PATH).nodes[0].address.is_loopback
 
 
-@given(
-    st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
-)
+@given(st.binary(max_size=400) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
 def test_any_bytes_give_a_configuration_or_a_config_error(data: bytes) -> None:
     try:
         parse(data, PATH)
@@ -203,9 +201,7 @@ def test_any_damage_to_a_good_file_gives_a_configuration_or_a_config_error(data:
     text = bytearray(EXAMPLE.encode())
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(len(text), start + 40)))
-    text[start:end] = data.draw(
-        st.binary(max_size=10) | st.sampled_from([b"[a.b]", b"= {}", b"[]", b"1979-05-27"])
-    )
+    text[start:end] = data.draw(st.binary(max_size=10) | st.sampled_from([b"[a.b]", b"= {}", b"[]", b"1979-05-27"]))
     try:
         assert isinstance(parse(bytes(text), PATH), ResourceConfig)
     except ConfigError as error:
@@ -222,17 +218,13 @@ def test_a_shown_duration_or_size_reads_back_as_itself(value: int) -> None:
         assert duration.parse(duration.show(whole_us).strip('"')) == whole_us
 
 
-@pytest.mark.parametrize(
-    "value", ["5", "s", "1e3s", "-1s", "１s", "9" * 40 + "s", "1 s s", 1.5, [], None, "1.s"]
-)
+@pytest.mark.parametrize("value", ["5", "s", "1e3s", "-1s", "１s", "9" * 40 + "s", "1 s s", 1.5, [], None, "1.s"])
 def test_what_is_not_a_duration_is_a_fault(value: object) -> None:
     with pytest.raises(Fault):
         Duration(0, 10**30).parse(value)
 
 
-@pytest.mark.parametrize(
-    "value", ["/", "/a/../b", "/a//b", "//a", "/a/", "/a/.", "a", "", "/a\0b", "/a\nb", 3]
-)
+@pytest.mark.parametrize("value", ["/", "/a/../b", "/a//b", "//a", "/a/", "/a/.", "a", "", "/a\0b", "/a\nb", 3])
 def test_a_path_that_could_be_written_otherwise_is_a_fault(value: object) -> None:
     with pytest.raises(Fault):
         FilePath().parse(value)

@@ -21,11 +21,7 @@ from replicator.errors import ProtocolError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXT,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
@@ -40,9 +36,7 @@ def test_a_request_is_read_back(args: dict[str, object], number: int) -> None:
 
 
 @given(st.booleans(), TEXT, TEXT, OBJECT, st.booleans())
-def test_a_reply_is_read_back(
-    ok: bool, message: str, hint: str, data: dict[str, object], final: bool
-) -> None:
+def test_a_reply_is_read_back(ok: bool, message: str, hint: str, data: dict[str, object], final: bool) -> None:
     reply = Reply(ok, "no-up-to-date-disk", -2, message, hint, data, final or not ok, 7)
     line = encode(reply)
     assert line.count(b"\n") == 1
@@ -140,9 +134,7 @@ def test_lines_do_not_depend_on_how_they_are_cut(lines: list[bytes], data: st.Da
     assert found == lines
 
 
-@pytest.mark.parametrize(
-    "pieces", [[b"x" * 10], [b"x" * 9, b"x"], [b"x" * 10 + b"\n"], [b"ok\n" + b"x" * 10 + b"\n"]]
-)
+@pytest.mark.parametrize("pieces", [[b"x" * 10], [b"x" * 9, b"x"], [b"x" * 10 + b"\n"], [b"ok\n" + b"x" * 10 + b"\n"]])
 def test_a_line_too_long_is_refused_however_it_comes(pieces: list[bytes]) -> None:
     splitter = LineSplitter(10)
     with pytest.raises(ProtocolError, match="longer than 10 bytes"):

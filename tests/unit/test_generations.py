@@ -98,9 +98,7 @@ def test_a_source_is_never_a_mixture_and_a_primary_on_good_data_is_never_a_targe
 
 @settings(max_examples=400)
 @given(PAIRS, st.booleans())
-def test_no_sync_means_equal_ids_no_bits_and_nobody_in_doubt(
-    pair: tuple[Side, Side], survivors_count: bool
-) -> None:
+def test_no_sync_means_equal_ids_no_bits_and_nobody_in_doubt(pair: tuple[Side, Side], survivors_count: bool) -> None:
     ours, theirs = pair
     if decide(ours, theirs, survivors_count=survivors_count).outcome is not Outcome.NONE:
         return

@@ -182,9 +182,7 @@ def test_frames_in_the_wrong_order_end_the_link() -> None:
     assert early == Fault("AGREE in the middle of the handshake") and not ours.agreed
     join(ours, theirs)
     for frame in (theirs.first(), agree, Frame(Kind.PING)):
-        assert ours.on_frame(frame, PEERS_OF_ALPHA) == Fault(
-            f"{frame.kind.name} in the middle of the handshake"
-        )
+        assert ours.on_frame(frame, PEERS_OF_ALPHA) == Fault(f"{frame.kind.name} in the middle of the handshake")
 
 
 def test_a_second_hello_does_not_replace_the_first() -> None:

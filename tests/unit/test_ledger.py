@@ -49,9 +49,7 @@ class Fake:
 
     def set(self, current: int, then: Callable[[], None] | None = None) -> None:
         """Change the current id; `called` gets it when it is durable."""
-        self.ledger.save(
-            lambda found: replace(found, current=current), then or (lambda: self.called.append(current))
-        )
+        self.ledger.save(lambda found: replace(found, current=current), then or (lambda: self.called.append(current)))
 
     def end(self, error: int = 0) -> None:
         """The write in flight ends."""

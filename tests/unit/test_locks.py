@@ -185,9 +185,7 @@ def test_the_source_reads_after_the_writes_that_came_before_and_before_those_tha
 
 
 @pytest.mark.parametrize(("kind", "clear"), [(LOCAL, False), (PEER, True), (SOURCE_READ, False)])
-def test_a_range_is_requested_only_where_our_clients_and_other_copies_are_not(
-    kind: LockKind, clear: bool
-) -> None:
+def test_a_range_is_requested_only_where_our_clients_and_other_copies_are_not(kind: LockKind, clear: bool) -> None:
     table = Table()
     table.take(kind, 3 * REGION, 3 * REGION + 8)
     assert table.locks.clear_of_clients(0, 10 * REGION) == clear

@@ -260,9 +260,7 @@ def test_detach_removes_link_and_device(kernel: FakeKernel, server: Server) -> N
     assert all(sock.fileno() == -1 for sock in server.handed_out)
 
 
-def test_detach_of_what_was_never_attached_only_removes_left_overs(
-    kernel: FakeKernel, server: Server
-) -> None:
+def test_detach_of_what_was_never_attached_only_removes_left_overs(kernel: FakeKernel, server: Server) -> None:
     device(kernel, server)[0].detach()
     assert kernel.calls == []
     kernel.has(2, "replicator:r0/1")
@@ -298,9 +296,7 @@ def test_resize_reaches_the_kernel_and_later_mends(kernel: FakeKernel, server: S
     assert kernel.calls[-1] == "reconfigure nbd3 0 128 MiB"
 
 
-def test_a_failed_attach_leaves_nothing(
-    kernel: FakeKernel, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_attach_leaves_nothing(kernel: FakeKernel, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("replicator.drivers.kernel_nbd._APPEAR_S", 0.0)
     kernel.hides_devices = True
     nbd, export = device(kernel, server)

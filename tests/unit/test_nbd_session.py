@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NBD session as a pure object: literal bytes in, literal bytes out."""
+"""The NBD session in transmission, as a pure object: literal bytes in, literal bytes out."""
 
 from __future__ import annotations
 
@@ -11,310 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from replicator.nbd import constants as c
-from replicator.nbd.constants import Command, Errno, Option, protocol_errno
-from replicator.nbd.negotiation import Export
-from replicator.nbd.requests import Abilities, Kind, Request, judge, pieces
-from replicator.nbd.session import NbdSession, State
-
-MIB = 1 << 20
-SIZE = 256 * MIB
-EXPORT = Export(name="r0/0", size_bytes=SIZE)
-GREETING = b"NBDMAGICIHAVEOPT\x00\x03"
-BASIC_FLAGS = 0x16D  # HAS_FLAGS FLUSH FUA TRIM WRITE_ZEROES MULTI_CONN
-CLIENT = b"\0\0\0\x03"
-
-
-def make(export: Export = EXPORT) -> NbdSession:
-    return NbdSession({"": export, export.name: export}, itertools.count(1))
-
-
-def drain(session: NbdSession) -> bytes:
-    data = b"".join(session.take_output())
-    session.sent(len(data))
-    return data
-
-
-def option(code: int, body: bytes = b"") -> bytes:
-    return b"IHAVEOPT" + struct.pack(">II", code, len(body)) + body
-
-
-def counted(text: bytes) -> bytes:
-    return struct.pack(">I", len(text)) + text
-
-
-def answer(code: int, kind: int, body: bytes = b"") -> bytes:
-    return bytes.fromhex("0003e889045565a9") + struct.pack(">III", code, kind, len(body)) + body
-
-
-def go(name: bytes = b"", code: int = 7, infos: tuple[int, ...] = ()) -> bytes:
-    return option(code, counted(name) + struct.pack(f">H{len(infos)}H", len(infos), *infos))
-
-
-META = option(8) + option(10, counted(b"") + struct.pack(">I", 1) + counted(b"base:allocation"))
-
-
-def transmission(before: bytes = b"", export: Export = EXPORT) -> NbdSession:
-    session = make(export)
-    session.receive(CLIENT + before + go())
-    assert session.state is State.TRANSMISSION
-    drain(session)
-    return session
-
-
-def ask(
-    command: int, offset: int = 0, size: int = 0, data: bytes = b"", flags: int = 0, cookie: int = 0x11
-) -> bytes:
-    return struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, size) + data
-
-
-def simple(error: int = 0, cookie: int = 0x11) -> bytes:
-    return struct.pack(">IIQ", 0x67446698, error, cookie)
-
-
-def chunk(kind: int, body: bytes = b"", cookie: int = 0x11) -> bytes:
-    return struct.pack(">IHHQI", 0x668E33EF, 1, kind, cookie, len(body)) + body
-
-
-# -- handshake --------------------------------
-
-
-def test_go_is_answered_byte_for_byte() -> None:
-    session = make()
-    assert drain(session) == GREETING
-    session.receive(CLIENT + go(b"r0/0", infos=(1, 3)))
-    assert drain(session) == (
-        answer(7, 3, struct.pack(">HQH", 0, SIZE, BASIC_FLAGS))
-        + answer(7, 3, b"\0\x01r0/0")
-        + answer(7, 3, struct.pack(">HIII", 3, 512, 4096, 32 * MIB))
-        + answer(7, 1)
-    )
-    assert session.export is EXPORT
-    assert session.state is State.TRANSMISSION
-
-
-def test_info_tells_the_description_and_stays_in_negotiation() -> None:
-    session = make(Export(name="r0/0", size_bytes=SIZE, description="mirror", read_only=True))
-    session.receive(CLIENT + go(code=6, infos=(2,)))
-    told = drain(session)
-    assert answer(6, 3, b"\0\x02mirror") in told
-    assert answer(6, 3, struct.pack(">HQH", 0, SIZE, BASIC_FLAGS | 2)) in told
-    assert session.state is State.OPTIONS
-
-
-@pytest.mark.parametrize(("flags", "padding"), [(3, 0), (1, 124), (0, 124)])
-def test_export_name_is_answered_with_and_without_padding(flags: int, padding: int) -> None:
-    session = make()
-    session.receive(struct.pack(">I", flags) + option(1, b"r0/0"))
-    assert drain(session) == GREETING + struct.pack(">QH", SIZE, BASIC_FLAGS) + bytes(padding)
-    assert session.state is State.TRANSMISSION
-
-
-@pytest.mark.parametrize("name", [b"nothing", b"\xff", b"x" * 5000])
-def test_export_name_of_an_unknown_export_ends_the_session(name: bytes) -> None:
-    session = make()
-    session.receive(CLIENT + option(1, name))
-    assert drain(session) == GREETING
-    assert session.finished
-    assert session.fault
-
-
-def test_a_refused_export_says_why() -> None:
-    reason = "r0/0 is Secondary on alpha; promote it first"
-    refused = Export(name="r0/0", size_bytes=SIZE, refused=reason)
-    session = make(refused)
-    drain(session)
-    session.receive(CLIENT + go())
-    assert drain(session) == answer(7, 0x80000002, reason.encode())
-    assert session.state is State.OPTIONS
-    session.receive(option(1, b"r0/0"))
-    assert session.finished
-    assert session.fault == reason
-
-
-def test_an_export_published_during_negotiation_is_seen() -> None:
-    exports: dict[str, Export] = {}
-    session = NbdSession(exports, itertools.count())
-    drain(session)
-    session.receive(CLIENT + go())
-    assert drain(session) == answer(7, 0x80000006, b"no export is named ''")
-    exports[""] = EXPORT
-    session.receive(go())
-    assert session.state is State.TRANSMISSION
-
-
-def test_list_names_each_export_once_and_abort_ends() -> None:
-    session = make()
-    drain(session)
-    session.receive(CLIENT + option(3) + option(2))
-    assert drain(session) == answer(3, 2, counted(b"r0/0")) + answer(3, 1) + answer(2, 1)
-    assert session.finished
-    assert session.fault == ""
-
-
-@pytest.mark.parametrize(
-    ("sent", "code", "kind"),
-    [
-        (option(99), 99, 0x80000001),
-        (option(5), 5, 0x80000002),
-        (option(3, b"x"), 3, 0x80000003),
-        (option(8, b"x"), 8, 0x80000003),
-        (go(b"other"), 7, 0x80000006),
-        (go(b"r0/0 "), 7, 0x80000006),
-        (go(b"\xff\xfe"), 7, 0x80000003),
-        (option(7, b"\0\0"), 7, 0x80000003),
-        (option(7, counted(b"")), 7, 0x80000003),
-        (option(7, counted(b"") + b"\0\x02\0\0"), 7, 0x80000003),
-        (option(7, b"\xff\xff\xff\xff"), 7, 0x80000003),
-        (option(9, counted(b"") + bytes(4)), 9, 0x80000003),  # no structured replies yet
-        (option(10, counted(b"") + bytes(4)), 10, 0x80000003),
-    ],
+from replicator.nbd.constants import Option
+from replicator.nbd.requests import Kind, Request
+from tests.unit.nbd_bytes import (
+    CLIENT,
+    META,
+    MIB,
+    SIZE,
+    ask,
+    chunk,
+    drain,
+    go,
+    make,
+    option,
+    simple,
+    transmission,
 )
-def test_a_bad_option_is_refused_and_the_client_may_go_on(sent: bytes, code: int, kind: int) -> None:
-    session = make()
-    drain(session)
-    session.receive(CLIENT + sent)
-    magic, told, reply, _length = struct.unpack_from(">QIII", drain(session))
-    assert (magic, told, reply) == (0x3E889045565A9, code, kind)
-    session.receive(go())
-    assert session.state is State.TRANSMISSION
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"\0\0\0\x07",  # unknown client flags
-        b"\0\0\0\0" + option(3),  # a client that cannot read the answer
-        CLIENT + b"X" * 16,
-        CLIENT + option(3)[:8] + struct.pack(">II", 3, 1 << 30),
-        CLIENT + option(3) * 1001,
-    ],
-)
-def test_a_hopeless_client_is_dropped(sent: bytes) -> None:
-    session = make()
-    session.receive(sent)
-    assert session.closing
-    assert session.fault
-    drain(session)
-    assert session.finished
-    session.receive(b"more")
-    assert drain(session) == b""
-
-
-def test_a_client_that_does_not_read_answers_to_options_is_dropped() -> None:
-    exports = {str(number): Export(name=str(number) * 2000, size_bytes=0) for number in range(100, 900)}
-    session = NbdSession(exports, itertools.count())
-    session.receive(CLIENT + option(3) * 900)
-    assert session.closing
-    assert session.unsent_bytes < 2 * c.IN_FLIGHT_BYTES_MAX
-
-
-@pytest.mark.parametrize(
-    ("code", "queries", "context"),
-    [
-        (9, [], 0),
-        (9, [b"base:"], 0),
-        (9, [b"base:allocation"], 0),
-        (9, [b"qemu:dirty"], None),
-        (10, [b"base:allocation", b"x:y"], 1),
-        (10, [b"base:"], None),
-        (10, [], None),
-    ],
-)
-def test_metadata_contexts(code: int, queries: list[bytes], context: int | None) -> None:
-    session = make()
-    drain(session)
-    body = counted(b"") + struct.pack(">I", len(queries)) + b"".join(map(counted, queries))
-    session.receive(CLIENT + option(8) + option(code, body))
-    told = b"" if context is None else answer(code, 4, struct.pack(">I", context) + b"base:allocation")
-    assert drain(session) == answer(8, 1) + told + answer(code, 1)
-
-
-@pytest.mark.parametrize(
-    ("after", "works"),
-    [
-        (go(), True),
-        (go(b"r0/0"), False),  # the context was set for another name
-        (option(10, counted(b"") + bytes(4)) + go(), False),  # each SET replaces the last one
-        (option(10, b"") + go(), False),
-        (option(1, b""), True),
-        (option(1, b"r0/0"), False),
-    ],
-)
-def test_a_metadata_context_belongs_to_the_name_it_was_set_for(after: bytes, works: bool) -> None:
-    session = make()
-    session.receive(CLIENT + META + after)
-    drain(session)
-    session.receive(ask(7, 4096, 8192, flags=8))
-    told = drain(session)
-    assert (told == chunk(5, struct.pack(">III", 1, 8192, 0))) is works
-    assert session.take_requests() == []
-
-
-# -- validation --------------------------------
-
-RO = Export(name="ro", size_bytes=SIZE, read_only=True)
-R, W, F, T, Z, B = 0, 1, 3, 4, 6, 7
-RULES: list[tuple[int, int, int, int, int, Export]] = [
-    # command, flags, offset, size, errno, export
-    (R, 0, 0, 512, 0, EXPORT),
-    (R, 0, SIZE - 512, 512, 0, EXPORT),
-    (R, 4, 0, 512, 0, EXPORT),
-    (R, 1, 0, 512, 0, EXPORT),
-    (R, 2, 0, 512, Errno.EINVAL, EXPORT),
-    (R, 0, 0, 32 * MIB, 0, EXPORT),
-    (R, 0, 0, 32 * MIB + 512, Errno.EINVAL, EXPORT),
-    (R, 0, SIZE, 512, Errno.EINVAL, EXPORT),
-    (R, 0, 2**64 - 512, 512, Errno.EINVAL, EXPORT),
-    (R, 0, 100, 512, Errno.EINVAL, EXPORT),
-    (R, 0, 0, 100, Errno.EINVAL, EXPORT),
-    (W, 1, 0, 512, 0, EXPORT),
-    (W, 2, 0, 512, Errno.EINVAL, EXPORT),
-    (W, 0, SIZE - 512, 1024, Errno.ENOSPC, EXPORT),
-    (W, 0, 0, 32 * MIB + 512, Errno.EINVAL, EXPORT),
-    (W, 0, 1, 512, Errno.EINVAL, EXPORT),
-    (W, 0, 0, 512, Errno.EPERM, RO),
-    (F, 0, 0, 0, 0, EXPORT),
-    (F, 0, 0, 0, 0, RO),
-    (F, 0, 0, 512, Errno.EINVAL, EXPORT),
-    (F, 0, 512, 0, Errno.EINVAL, EXPORT),
-    (F, 2, 0, 0, Errno.EINVAL, EXPORT),
-    (T, 1, 0, SIZE, 0, EXPORT),
-    (T, 0, SIZE, 512, Errno.EINVAL, EXPORT),
-    (T, 0, 0, 512, Errno.EPERM, RO),
-    (T, 2, 0, 512, Errno.EINVAL, EXPORT),
-    (Z, 3, 0, SIZE, 0, EXPORT),
-    (Z, 16, 0, 512, Errno.EINVAL, EXPORT),  # FAST_ZERO is not offered
-    (Z, 0, SIZE, 512, Errno.ENOSPC, EXPORT),
-    (Z, 0, 0, 512, Errno.EPERM, RO),
-    (B, 8, 0, SIZE, 0, EXPORT),
-    (B, 0, 0, 0, Errno.EINVAL, EXPORT),
-    (B, 0, SIZE, 512, Errno.EINVAL, EXPORT),
-    (5, 0, 0, 512, Errno.EINVAL, EXPORT),  # CACHE is not offered
-    (8, 0, 0, 512, Errno.EINVAL, EXPORT),
-    (999, 0, 0, 0, Errno.EINVAL, EXPORT),
-]
-
-
-@pytest.mark.parametrize(("command", "flags", "offset", "size", "error", "export"), RULES)
-def test_a_request_is_judged(
-    command: int, flags: int, offset: int, size: int, error: int, export: Export
-) -> None:
-    fault = judge(Abilities(export, True, True), command, flags, offset, size)
-    assert (fault.error if fault else 0) == error
-
-
-def test_what_was_not_negotiated_is_refused() -> None:
-    able = Abilities(EXPORT, False, False)
-    assert judge(able, Command.READ, c.CMD_FLAG_DF, 0, 512) is not None
-    assert judge(able, Command.BLOCK_STATUS, 0, 0, 512) is not None
-
-
-@pytest.mark.parametrize(("system", "protocol"), [(0, 0), (5, 5), (30, 1), (13, 1), (27, 28), (121, 5)])
-def test_errors_become_numbers_the_protocol_knows(system: int, protocol: int) -> None:
-    assert protocol_errno(system) == protocol
-
-
-# -- transmission --------------------------------
 
 
 def test_every_command_becomes_a_request() -> None:
@@ -579,9 +291,7 @@ PIECE = st.one_of(
 
 
 @given(st.booleans(), st.lists(PIECE, max_size=30))
-def test_whatever_a_client_sends_nothing_is_raised_and_memory_is_bounded(
-    start: bool, sent: list[bytes]
-) -> None:
+def test_whatever_a_client_sends_nothing_is_raised_and_memory_is_bounded(start: bool, sent: list[bytes]) -> None:
     session = transmission(META) if start else make()
     for data in sent:
         session.receive(data)
@@ -593,12 +303,3 @@ def test_whatever_a_client_sends_nothing_is_raised_and_memory_is_bounded(
             assert request.size <= (c.IO_MAX if request.kind in (Kind.READ, Kind.WRITE) else c.ZERO_MAX)
             assert request.kind is not Kind.WRITE or len(request.data) == request.size
     assert session.closing or session.wants_data or session.in_flight_count
-
-
-@given(st.sampled_from(list(Kind)), st.integers(0, 1 << 40), st.integers(1, 200 * MIB))
-def test_pieces_cover_a_range_exactly(kind: Kind, offset: int, size: int) -> None:
-    cut = list(pieces(kind, offset, size))
-    assert cut[0][0] == offset
-    assert all(start + length == following for (start, length), (following, _) in itertools.pairwise(cut))
-    assert cut[-1][0] + cut[-1][1] == offset + size
-    assert all(length > 0 for _, length in cut)

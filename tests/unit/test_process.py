@@ -33,9 +33,7 @@ print(json.dumps({
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=60
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_harden_does_what_it_does_not_complain_about() -> None:
@@ -137,7 +135,5 @@ def test_the_address_is_taken_from_the_environment_once(monkeypatch: pytest.Monk
         ({"WATCHDOG_USEC": "soon"}, None),
     ],
 )
-def test_the_watchdog_interval_is_half_of_what_is_allowed(
-    environ: dict[str, str], expected: int | None
-) -> None:
+def test_the_watchdog_interval_is_half_of_what_is_allowed(environ: dict[str, str], expected: int | None) -> None:
     assert watchdog_interval_ns(environ) == expected

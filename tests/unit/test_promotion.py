@@ -138,7 +138,5 @@ def test_a_state_that_will_pass_is_a_refusal_of_its_own() -> None:
         ([Disk.DISKLESS], True, False, 0),
     ],
 )
-def test_the_ladder_of_promotion_scores(
-    disks: list[Disk], peers_known: bool, peer_good: bool, score: int
-) -> None:
+def test_the_ladder_of_promotion_scores(disks: list[Disk], peers_known: bool, peer_good: bool, score: int) -> None:
     assert promotion_score(disks, peers_known=peers_known, peer_has_good_data=peer_good) == score

@@ -171,9 +171,7 @@ def test_nothing_configured_is_said() -> None:
 
 def test_a_status_from_another_version_is_still_shown() -> None:
     assert status_text([{"name": "r0"}]) == "r0 role:unknown\n\n"
-    assert status_text(
-        [{"name": "r0", "devices": [{}], "connections": [{}, 3]}], verbose=True, statistics=True
-    )
+    assert status_text([{"name": "r0", "devices": [{}], "connections": [{}, 3]}], verbose=True, statistics=True)
 
 
 def test_json_is_the_array_as_it_is() -> None:
@@ -194,8 +192,7 @@ def test_events_begin_with_everything_that_exists() -> None:
 def test_a_change_names_only_what_changed() -> None:
     assert event_lines(healthy(), healthy()) == []
     assert event_lines(syncing(), healthy()) == [
-        "change peer-device name:r0 peer-node-id:1 conn-name:beta volume:0"
-        " replication:Established peer-disk:UpToDate"
+        "change peer-device name:r0 peer-node-id:1 conn-name:beta volume:0 replication:Established peer-disk:UpToDate"
     ]
     after = copy.deepcopy(healthy())
     after["role"] = "Secondary"

@@ -149,9 +149,7 @@ class Mirror:
             self.finished += 1
 
         self.there = SyncSource(self.source, self.source.context, 1, self.source.send)
-        self.here = SyncTarget(
-            self.target, self.target.context, 0, self.target.send, finished, full=self.full
-        )
+        self.here = SyncTarget(self.target, self.target.context, 0, self.target.send, finished, full=self.full)
         return self
 
     def to_source(self, frame: Frame) -> None:

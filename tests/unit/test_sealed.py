@@ -21,9 +21,7 @@ NEW = bytes(range(249, -1, -1)) * 16
 
 def mixture(old: bytes, new: bytes, subset: int) -> bytes:
     """The sectors of `new` whose bit is set in `subset`, else those of `old`."""
-    return b"".join(
-        (new if subset >> n & 1 else old)[n * SECTOR : (n + 1) * SECTOR] for n in range(PAGE // SECTOR)
-    )
+    return b"".join((new if subset >> n & 1 else old)[n * SECTOR : (n + 1) * SECTOR] for n in range(PAGE // SECTOR))
 
 
 def flip(block: bytes, bit: int) -> bytes:
@@ -145,9 +143,7 @@ def test_newer_and_older_hold_when_the_tags_come_round() -> None:
     assert not newest(MAGIC, blocks).damaged_newer
 
 
-@pytest.mark.parametrize(
-    "other", [BLANK, b"\xff" * PAGE, seal(MAGIC, 8, b"x")], ids=["wiped", "foreign", "misplaced"]
-)
+@pytest.mark.parametrize("other", [BLANK, b"\xff" * PAGE, seal(MAGIC, 8, b"x")], ids=["wiped", "foreign", "misplaced"])
 def test_a_place_that_was_written_and_is_not_ours_any_more_may_have_been_the_newest(other: bytes) -> None:
     result = newest(MAGIC, [seal(MAGIC, 6, b"six"), other])
     assert result.sealed == Sealed(6, b"six") and result.damaged_newer

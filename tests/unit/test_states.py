@@ -85,11 +85,7 @@ def test_a_move_leads_where_the_table_says_and_any_other_is_a_broken_invariant(
 
 def test_an_inconsistent_disk_becomes_good_only_by_a_finished_resync_or_by_order_of_an_operator() -> None:
     good = {Disk.OUTDATED, Disk.CONSISTENT, Disk.UP_TO_DATE}
-    ways = {
-        happened
-        for (state, happened), after in DISK_MOVES.items()
-        if state is Disk.INCONSISTENT and after in good
-    }
+    ways = {happened for (state, happened), after in DISK_MOVES.items() if state is Disk.INCONSISTENT and after in good}
     assert ways == {DiskMove.SYNC_DONE, DiskMove.TRUSTED}
     assert (Disk.INCONSISTENT, DiskMove.PEER_NOT_NEWER) not in DISK_MOVES
 

@@ -166,9 +166,7 @@ def test_every_interrupted_update_gives_the_old_or_the_new_superblock() -> None:
     copies = {0: encode(older, 4), 1: encode(EXAMPLE, 5)}
     target = encode(new, 6)
     for subset in range(256):
-        torn = b"".join(
-            (target if subset >> n & 1 else copies[0])[n * SECTOR : (n + 1) * SECTOR] for n in range(8)
-        )
+        torn = b"".join((target if subset >> n & 1 else copies[0])[n * SECTOR : (n + 1) * SECTOR] for n in range(8))
         chosen = choose(torn, copies[1])
         # The body lies in the first sector: with it the new one is whole, without it the old one is.
         assert chosen.superblock == (new if subset & 1 else EXAMPLE)
