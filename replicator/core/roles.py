@@ -187,9 +187,16 @@ class Roles:
         self._volume_done(volume)
 
     def _save_promoted(self, volume: Volume, *, trusted: bool) -> None:
+        before = volume.ledger.durable.current
+
         def durable() -> None:
             if trusted:
                 volume.become(DiskMove.TRUSTED)
+            current = volume.ledger.durable.current
+            if current != before:
+                self._context.notice(
+                    "new-generation", volume=volume.number, current=f"{current:016x}", reason="promotion"
+                )
             self._volume_done(volume)
 
         if trusted and volume.disk is Disk.INCONSISTENT:

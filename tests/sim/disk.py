@@ -13,7 +13,7 @@ import random
 
 from replicator.core import superblock
 from replicator.core.bitmap import fresh_pages
-from replicator.core.geometry import FIXED_BYTES, SECTOR, slot_bytes_for, slot_offset
+from replicator.core.geometry import BLOCK, FIXED_BYTES, SECTOR, slot_bytes_for, slot_offset
 from replicator.core.superblock import PeerSlot, Superblock
 
 
@@ -24,12 +24,14 @@ class Area:
         self.stable = bytearray(size)
         self.seen = bytearray(size)  # what a read returns: stable plus cache
         self.cache: list[tuple[int, bytes]] = []
+        self.touched: set[int] = set()  # blocks of `seen` that changed; whoever compares them empties it
 
     def write(self, offset: int, data: bytes) -> None:
         """Into the cache."""
         assert offset >= 0 and offset + len(data) <= len(self.seen), (offset, len(data), len(self.seen))
         self.seen[offset : offset + len(data)] = data
         self.cache.append((offset, data))
+        self._touch(offset, len(data))
 
     def flush(self) -> None:
         """The cache is stable."""
@@ -37,9 +39,13 @@ class Area:
             self.stable[offset : offset + len(data)] = data
         self.cache.clear()
 
+    def _touch(self, offset: int, size: int) -> None:
+        self.touched.update(range(offset // BLOCK, -(-(offset + size) // BLOCK)))
+
     def power_cut(self, rng: random.Random) -> None:
         """Each cached sector is lost or kept, on its own."""
         for offset, data in self.cache:
+            self._touch(offset, len(data))
             fate = rng.random()
             for at in range(0, len(data), SECTOR):
                 if fate < 0.4 or (fate < 0.7 and rng.random() < 0.5):

@@ -11,7 +11,7 @@ import errno
 import random
 from dataclasses import dataclass, field
 
-from replicator.core.actions import CommandDone, Reply
+from replicator.core.actions import CommandDone, Notice, Reply
 from replicator.core.events import ClientClosed, ClientOpened, Io
 from replicator.core.geometry import BLOCK, SECTOR
 from replicator.core.states import Disk as DiskState
@@ -77,6 +77,8 @@ class Run:
         self.over = False
         #: per volume, the nodes whose disk holds every acknowledged write
         self.holding = {number: {0, 1} for number in self.swarm.volumes}
+        #: per volume, the blocks that differed when they were last compared
+        self.different: dict[int, set[int]] = {number: set() for number in self.swarm.volumes}
         self.promoting = False
         self.stop_at = 0
         self.seen: dict[str, int] = {}
@@ -132,11 +134,14 @@ class Run:
             connection.unwritten_bytes for connection in node.resource.connections.values()
         )
 
-    def noticed(self, node: Node, code: str) -> None:
+    def noticed(self, node: Node, notice: Notice) -> None:
         """A Primary that begins a generation has gone on alone: nobody else may be chosen."""
-        if code == "new-generation" and node is self.primary():
+        if notice.code != "new-generation":
+            return
+        if node is self.primary() or notice.fields.get("reason") == "promotion":
             for number, holding in self.holding.items():
-                holding.intersection_update(self.holders(node, number))
+                if holding & {node.id}:
+                    holding.intersection_update(self.holders(node, number))
 
     # --- the workload
 
@@ -454,13 +459,20 @@ class Run:
             if link.alive and any(link.queues):
                 return
         for number in self.swarm.volumes:
-            first, second = (node.disks[number].data.seen for node in nodes)
-            if first == second:
-                continue
-            for block in range(self.swarm.size // BLOCK):
-                part = slice(block * BLOCK, (block + 1) * BLOCK)
-                if first[part] != second[part] and not any(self.marked(node, number, block) for node in nodes):
+            for block in self.different_blocks(number):
+                if not any(self.marked(node, number, block) for node in nodes):
                     self.fail(f"volume {number} block {block} differs and nobody knows")
+
+    def different_blocks(self, number: int) -> list[int]:
+        """Where the copies differ; looks only at what was touched since it looked last."""
+        first, second = (node.disks[number].data for node in self.world.nodes.values())
+        known = self.different[number]
+        for block in first.touched | second.touched:
+            part = slice(block * BLOCK, (block + 1) * BLOCK)
+            (known.discard if first.seen[part] == second.seen[part] else known.add)(block)
+        first.touched.clear()
+        second.touched.clear()
+        return sorted(known)
 
     @staticmethod
     def marked(node: Node, number: int, block: int) -> bool:

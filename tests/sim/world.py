@@ -174,7 +174,7 @@ class World:
         self.rates = Rates()
         self.lines: list[str] = []
         self.drop_before: Callable[[int, Kind], bool] | None = None  # cut the link instead of sending this
-        self.noticed: Callable[[Node, str], None] | None = None
+        self.noticed: Callable[[Node, act.Notice], None] | None = None
         self.frames_sent: dict[Kind, int] = {}
 
     def new_id(self) -> int:
@@ -354,7 +354,7 @@ class World:
     def _do_notice(self, node: Node, a: act.Notice) -> None:
         node.notices.append(a)
         if self.noticed is not None:
-            self.noticed(node, a.code)
+            self.noticed(node, a)
         self.trace(node.id, f"{a.code} {' '.join(f'{k}={v}' for k, v in a.fields.items())}")
 
     def _do_cutclients(self, node: Node, a: act.CutClients) -> None:

@@ -21,11 +21,12 @@ from replicator.core.events import ClientClosed, ClientOpened, DiskDone, Io
 from replicator.core.geometry import BLOCK, PAGE
 from replicator.core.replica import Replica
 from replicator.core.resource import Resource
+from replicator.core.states import Role
 from replicator.core.superblock import Superblock
 from replicator.core.volume import Volume
 from replicator.core.wire import Kind
 from tests.sim.build import boot, established, ready, two_nodes
-from tests.sim.world import MS, SECOND, Node
+from tests.sim.world import MS, SECOND, Link, Node
 
 MIB = 1 << 20
 EVENTS_MAX = 60_000  # far beyond what any test needs: more is a busy loop
@@ -64,6 +65,10 @@ class Mirror:
         self.alpha, self.beta = self.world.nodes[0], self.world.nodes[1]
         self.hooks: list[Hook] = []
         self.world.drop_before = self._sent
+        self._held: set[int] = set()  # nodes from which nothing more is sent
+        self._kept: list[tuple[Link, int, bytes]] = []
+        self._transmit = self.world._transmit
+        self.world._transmit = self._hold  # type: ignore[method-assign]
         if start == "established":
             ready(self.world)
         elif start == "booted":
@@ -76,6 +81,12 @@ class Mirror:
 
     def _sent(self, node: int, kind: Kind) -> bool:
         return any([hook(node, kind) for hook in self.hooks])
+
+    def _hold(self, link: Link, side: int, piece: bytes) -> None:
+        if link.ends[side].node in self._held:
+            self._kept.append((link, side, piece))
+        else:
+            self._transmit(link, side, piece)
 
     # --- who
 
@@ -188,6 +199,7 @@ class Mirror:
     def switch(self, old: Node) -> None:
         """Make the other one Primary."""
         self.done(old, "secondary")
+        self.run(lambda: self.connection(self.peer(old)).role is Role.SECONDARY)
         self.done(self.peer(old), "primary")
 
     # --- the world
@@ -209,6 +221,10 @@ class Mirror:
 
     def stall(self, sender: Node, *, stalled: bool = True) -> None:
         """What this node sends on the newest link hangs, or flows again."""
+        self._held.discard(sender.id)
+        for kept in [kept for kept in self._kept if kept[0].ends[kept[1]].node == sender.id]:
+            self._kept.remove(kept)
+            self._transmit(*kept)
         link = self.world.links[-1]
         side = 0 if link.ends[0].node == sender.id else 1
         self.world.stall(link, side, stalled=stalled)
@@ -271,8 +287,8 @@ class Mirror:
         return happened
 
     def stall_at(self, kind: Kind, sender: Node) -> list[int]:
-        """From the next frame of this kind on, nothing of this sender arrives."""
-        return self.on_frame(kind, lambda: self.stall(sender), sender)
+        """From the next frame of this kind on, nothing of this sender arrives; what it sent before does."""
+        return self.on_frame(kind, lambda: self._held.add(sender.id), sender)
 
     def stall_resync(self, source: Node) -> None:
         """From now on the answers of this source to resync requests hang (and all that it sends behind them)."""

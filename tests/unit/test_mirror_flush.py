@@ -103,6 +103,17 @@ def test_flush_without_a_peer_is_local() -> None:
     assert m.stable(m.alpha, 3) == 7
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_lone_primary_answers_a_flush(written: bool) -> None:
+    m = Mirror(primary=0, epoch_time_ns=LONG)
+    if written:
+        m.write(m.alpha, 3, 7)
+        m.pause()
+    m.partition()
+    m.flush(m.alpha)
+    assert m.dirty(m.alpha) == ({3} if written else set())
+
+
 def test_a_flush_waiting_for_a_peer_that_is_lost_is_answered_after_the_fork_point() -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
     before = m.superblock(m.alpha).current

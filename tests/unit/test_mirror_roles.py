@@ -78,9 +78,9 @@ def test_while_another_promotion_runs_a_second_is_refused_with_minus_18() -> Non
 
 
 def test_promotion_waits_for_a_round_and_is_refused_with_minus_18_when_it_does_not_end() -> None:
-    m = Mirror(start="off", handshake_timeout_ns=60 * SECOND)
+    m = Mirror(handshake_timeout_ns=60 * SECOND, ping_interval_ns=60 * SECOND)
+    m.cut()
     m.stall_at(Kind.VOLUME_STATE, m.beta)
-    m.restart(m.alpha, m.beta)
     m.run(lambda: m.connection(m.alpha).connected)
     assert refused(m, 0, "primary") == -18
 
@@ -117,12 +117,8 @@ def test_two_promotions_a_moment_apart_never_make_two_primaries(delay_us: int) -
     assert sorted((m.role(m.alpha), m.role(m.beta))) == ["Primary", "Secondary"]
 
 
-@pytest.mark.parametrize("peer_role", ["Primary", "Secondary"])
-def test_a_link_that_comes_up_while_the_indicator_is_written_is_asked_too(peer_role: str) -> None:
-    m = Mirror()
-    m.partition()
-    if peer_role == "Primary":
-        m.done(m.beta, "primary")
+def promotion_met_by_a_link(m: Mirror) -> bool:
+    """alpha, alone, writes its indicator while the link comes up; whether the promotion succeeded."""
     m.slow_disks(2_000_000)
     asked = m.begin(m.alpha, "primary")
     m.pause(MS)
@@ -131,25 +127,55 @@ def test_a_link_that_comes_up_while_the_indicator_is_written_is_asked_too(peer_r
     m.run(lambda: m.connection(m.alpha).connected or bool(asked.answers))
     assert not asked.answers, "the indicator was to be under way when the link came up"
     m.run(lambda: bool(asked.answers))
-    assert asked.answer.ok is (peer_role == "Secondary")
-    m.pause(5 * SECOND)
-    assert [m.role(m.alpha), m.role(m.beta)].count("Primary") == 1
+    return asked.answer.ok
+
+
+def test_a_primary_that_connects_while_the_indicator_is_written_forbids_the_promotion() -> None:
+    m = Mirror()
+    m.partition()
+    m.done(m.beta, "primary")
+    assert not promotion_met_by_a_link(m)
     m.establish()
+    assert (m.role(m.alpha), m.role(m.beta)) == ("Secondary", "Primary")
 
 
+def test_a_secondary_that_connects_while_the_indicator_is_written_is_asked_too() -> None:
+    m = Mirror()
+    m.partition()
+    promoted = promotion_met_by_a_link(m)
+    m.establish()
+    assert m.sent(Kind.ROLE_REQUEST) >= 1
+    assert m.role(m.alpha) == ("Primary" if promoted else "Secondary")
+
+
+@pytest.mark.xfail(strict=True, reason="Roles._abort after _write_indicator leaves PrimaryIndicator set on a Secondary")
 def test_a_promotion_that_is_refused_late_leaves_no_indicator_on_disk() -> None:
     m = Mirror()
     m.partition()
     m.done(m.beta, "primary")
-    m.slow_disks(2_000_000)
-    asked = m.begin(m.alpha, "primary")
-    m.pause(MS)
-    m.fast_disks()
-    m.heal()
-    m.run(lambda: bool(asked.answers))
-    assert not asked.answer.ok
+    assert not promotion_met_by_a_link(m)
     m.establish()
+    m.pause()
     assert not m.superblock(m.alpha).primary_indicator, "a crash would make a crashed Primary of a Secondary"
+
+
+@pytest.mark.xfail(strict=True, reason="the stale PrimaryIndicator of a refused promotion makes rule crashed-both choose it")
+def test_a_node_that_was_only_refused_is_never_taken_for_a_crashed_primary() -> None:
+    """Protocol A: what the real Primary flushed and its peer never got must not be overwritten."""
+    m = Mirror(protocol="A")
+    m.partition()
+    m.done(m.beta, "primary")
+    assert not promotion_met_by_a_link(m)
+    m.establish()
+    m.pause()
+    m.stall(m.beta)
+    m.write(m.beta, 3, 7)
+    m.flush(m.beta)
+    m.power_cut(m.alpha)
+    m.power_cut(m.beta)
+    m.restart(m.alpha, m.beta)
+    m.establish()
+    assert m.block(m.beta, 3) == m.block(m.alpha, 3) == 7
 
 
 def test_a_grant_to_a_peer_that_is_lost_ends() -> None:
@@ -200,8 +226,8 @@ def test_a_demotion_that_waits_long_makes_no_busy_loop() -> None:
     m.slow_disks(30_000_000)
     m.ask(m.alpha, Io.WRITE, 3, value=7)
     asked = m.begin(m.alpha, "secondary")
-    m.fast_disks()
     m.pause(MS)
+    m.fast_disks()
     m.run(lambda: bool(asked.answers), limit=3600 * SECOND)
 
 

@@ -188,11 +188,11 @@ def test_a_primary_that_is_synced_reads_dirty_blocks_from_the_peer_and_clean_one
     m = Mirror(primary=0)
     m.write(m.alpha, 3, 7)
     m.write(m.alpha, 200, 8)
-    m.stall_resync(m.beta)
+    m.done(m.beta, "pause-sync")
     m.done(m.alpha, "detach")
     m.write(m.alpha, 3, 9)
     m.done(m.alpha, "attach")
-    m.run(lambda: m.replication(m.alpha) == "SyncTarget")
+    m.run(lambda: m.replication(m.alpha) == "PausedSyncT")
     before = m.sent(Kind.READ)
     dirty = m.dirty(m.alpha)
     assert 3 in dirty
