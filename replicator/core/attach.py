@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attaching a disk: from the bytes of its metadata area to a copy that may be used (decision 0001, "Attach").
 
-The durable steps, in order: bitmap pages with the bits of every extent that was hot; a flush of the data, because what a
-killed process wrote may still be in a volatile cache, and an extent leaves the log only when it is stable (V4; found by the
-simulator: kill, resync *from* here, power cut); the superblock with CrashedPrimary
+The durable steps, in order: bitmap pages with the bits of every extent that was hot; a flush of the data, because what
+a killed process wrote may still be in a volatile cache, and an extent leaves the log only when it is stable (V4; found
+by the simulator: kill, resync *from* here, power cut); the superblock with CrashedPrimary
 (kept if it was set: a crash in the middle of this must not forget it) and without PrimaryIndicator; the empty activity
 log.  A crash in between repeats the whole.
 """

@@ -20,6 +20,7 @@ from replicator.core.context import Context
 from replicator.core.events import DiskDone, Io
 from replicator.core.handshake_wire import pack_sequences
 from replicator.core.locks import LockKind
+from replicator.core.states import Disk
 from replicator.core.volume import Volume
 from replicator.core.wire import SEQUENCES_MAX, Flag, Frame, Kind
 from replicator.core.writes import Write
@@ -77,7 +78,8 @@ class Receiver:
         if self._bytes > UNFINISHED_BYTES_MAX:
             return f"more than {UNFINISHED_BYTES_MAX} bytes of unacknowledged writes"
         # Decided on arrival: a link lost later takes nothing from what the origin has (its own log covers it).
-        lone = volume.absent(self._peer) & 1 << self._peer
+        diskless = volume.replicas[self._peer].disk < Disk.INCONSISTENT
+        lone = 1 << self._peer if diskless and volume.has_disk() else 0
         if self._behind or (self._ordered and len(self._batches) > 1):
             self._behind.append((frame, lone))
         else:

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -256,7 +256,7 @@ class Story:
                     assert asked <= limit, f"a resync of {asked} bytes, allowed {limit}{self.where()}"
         self.travelled.append(travelled)
 
-    def new_log_lines(self, node: str) -> Iterator[dict[str, object]]:
+    def new_log_lines(self, node: str) -> Iterator[dict[str, Any]]:
         with (self.nodes.base / f"{node}.log").open("rb") as log:
             log.seek(self.log_read[node])
             whole = log.read().rpartition(b"\n")[0]

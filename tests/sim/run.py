@@ -497,8 +497,8 @@ class Run:
         world.run(limit=int(seconds * SECOND))
         self.heal()
         if not world.run(lambda: established(world) and self.primary() is not None, limit=120 * SECOND):
-            states = [node.resource.status() if node.resource else None for node in world.nodes.values()]
-            self.fail(f"no convergence: {states}")
+            whys = [node.resource.status()["reasons"] if node.resource else "down" for node in world.nodes.values()]
+            self.fail(f"no convergence: {whys}")
         self.over = True
         if not world.run(self.quiet, limit=30 * SECOND):
             self.fail("requests hang")

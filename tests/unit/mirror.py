@@ -2,8 +2,8 @@
 """Two real cores over the fake disks and the fake link of the simulator, driven step by step.
 
 A test says what the clients, the operator and the world do, and looks at states, notices, replies and the bytes on the
-disks.  Blocks are numbered; a written block is filled with one byte value, so content can be read off.  `hooks` see every
-frame at the moment it is sent: they count, stall the link or cut it.
+disks.  Blocks are numbered; a written block is filled with one byte value, so content can be read off.  `hooks` see
+every frame at the moment it is sent: they count, stall the link or cut it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Mirror:
         size: int = MIB,
         volumes: tuple[int, ...] = (0,),
         seed: int = 1,
-        **options: object,
+        **options: Any,
     ) -> None:
         self.world = two_nodes(seed, size=size, volumes=volumes, **options)
         self.alpha, self.beta = self.world.nodes[0], self.world.nodes[1]
@@ -80,7 +80,7 @@ class Mirror:
             assert answer.ok, answer
 
     def _sent(self, node: int, kind: Kind) -> bool:
-        return any([hook(node, kind) for hook in self.hooks])
+        return any([hook(node, kind) for hook in self.hooks])  # noqa: C419 - each hook sees each frame
 
     def _hold(self, link: Link, side: int, piece: bytes) -> None:
         if link.ends[side].node in self._held:
@@ -134,7 +134,7 @@ class Mirror:
     # --- clients
 
     def ask(
-        self, node: Node, io: Io, block: int = 0, blocks: int = 1, *, value: int = 0, volume: int = 0, **more: object
+        self, node: Node, io: Io, block: int = 0, blocks: int = 1, *, value: int = 0, volume: int = 0, **more: Any
     ) -> Asked:
         """Hand a request to a node; do not wait."""
         asked = Asked()
@@ -153,7 +153,7 @@ class Mirror:
         assert asked.reply is not None
         return asked.reply
 
-    def write(self, node: Node, block: int, value: int, blocks: int = 1, **more: object) -> None:
+    def write(self, node: Node, block: int, value: int, blocks: int = 1, **more: Any) -> None:
         """Write and wait for success."""
         reply = self.wait(self.ask(node, Io.WRITE, block, blocks, value=value, **more))
         assert reply.error == 0, reply.error
@@ -179,19 +179,19 @@ class Mirror:
 
     # --- the operator
 
-    def begin(self, node: Node, verb: str, **args: object) -> Asked:
+    def begin(self, node: Node, verb: str, **args: Any) -> Asked:
         """Give a command; do not wait."""
         asked = Asked()
         node.command(verb, asked.answers.append, **args)
         return asked
 
-    def command(self, node: Node, verb: str, **args: object) -> CommandDone:
+    def command(self, node: Node, verb: str, **args: Any) -> CommandDone:
         """Give a command and wait for its answer."""
         asked = self.begin(node, verb, **args)
         self.run(lambda: bool(asked.answers))
         return asked.answer
 
-    def done(self, node: Node, verb: str, **args: object) -> None:
+    def done(self, node: Node, verb: str, **args: Any) -> None:
         """A command that must succeed."""
         answer = self.command(node, verb, **args)
         assert answer.ok, answer
@@ -245,6 +245,11 @@ class Mirror:
         """Switch on."""
         for node in nodes:
             node.boot()
+
+    def fill(self, node: Node, data: bytes) -> None:
+        """Change a disk behind the program's back, stable."""
+        for area in (node.disks[0].data.seen, node.disks[0].data.stable):
+            area[: len(data)] = data
 
     def slow_disks(self, us: int = 10_000_000) -> None:
         """What is handed to a disk from now on takes about so long (until `fast_disks`)."""
@@ -321,7 +326,7 @@ class Mirror:
             else:
                 perform(who, action)
 
-        self.world.perform = failing  # type: ignore[method-assign]
+        self.world.perform = failing  # type: ignore[method-assign, assignment]
 
     def watch(self, look: Callable[[Node, Action], object]) -> None:
         """Call `look` with every action before it is carried out."""

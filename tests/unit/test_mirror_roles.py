@@ -159,7 +159,9 @@ def test_a_promotion_that_is_refused_late_leaves_no_indicator_on_disk() -> None:
     assert not m.superblock(m.alpha).primary_indicator, "a crash would make a crashed Primary of a Secondary"
 
 
-@pytest.mark.xfail(strict=True, reason="the stale PrimaryIndicator of a refused promotion makes rule crashed-both choose it")
+@pytest.mark.xfail(
+    strict=True, reason="the stale PrimaryIndicator of a refused promotion makes rule crashed-both choose it"
+)
 def test_a_node_that_was_only_refused_is_never_taken_for_a_crashed_primary() -> None:
     """Protocol A: what the real Primary flushed and its peer never got must not be overwritten."""
     m = Mirror(protocol="A")

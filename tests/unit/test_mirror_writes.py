@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,9 @@ def test_trim_and_zero_travel_as_such_and_read_back_as_zeroes_on_both(io: Io, ki
     assert m.read(m.alpha, 9, 2) == bytes(2 * BLOCK)
 
 
-@pytest.mark.parametrize(("io", "keep", "punch"), [(Io.ZERO, True, False), (Io.ZERO, False, True), (Io.TRIM, False, True)])
+@pytest.mark.parametrize(
+    ("io", "keep", "punch"), [(Io.ZERO, True, False), (Io.ZERO, False, True), (Io.TRIM, False, True)]
+)
 def test_a_zero_that_must_keep_its_space_punches_no_hole_on_either_side(io: Io, keep: bool, punch: bool) -> None:
     m = Mirror(primary=0)
     seen = m.actions("ZeroData")
@@ -242,7 +245,7 @@ def test_a_read_under_way_at_the_peer_when_the_link_is_lost_ends() -> None:
 # --- the activity log
 
 
-def small_log(**options: object) -> Mirror:
+def small_log(**options: Any) -> Mirror:
     return Mirror(primary=0, size=56 * MIB, activity_extents=9, epoch_time_ns=1000 * SECOND, **options)
 
 
