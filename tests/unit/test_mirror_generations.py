@@ -351,7 +351,8 @@ def test_a_plain_new_generation_that_is_interrupted_ends_well(kind: Kind, primar
             Kind.NEW_GENERATION,
             marks=pytest.mark.xfail(
                 strict=True,
-                reason="Identity.begin on a Secondary records a fork point the Primary can never follow: rr-conflict for good",
+                reason="Identity.begin on a Secondary records a fork point the Primary can never follow: "
+                "rr-conflict for good",
             ),
         ),
         Kind.NEW_GENERATION_ACK,

@@ -15,7 +15,8 @@ from tests.unit.mirror import MIB, Mirror, Node, noise
 
 FRAMES = [
     (Kind.BITMAP_END, 0), (Kind.BITMAP_END, 1), (Kind.SYNC_READY, 1), (Kind.SYNC_START, 0), (Kind.RESYNC_REQUEST, 1),
-    (Kind.RESYNC_DATA, 0), (Kind.RESYNC_CONFIRM, 1), (Kind.RESYNC_DONE, 1), (Kind.VOLUME_STATE, 0), (Kind.VOLUME_STATE, 1),
+    (Kind.RESYNC_DATA, 0), (Kind.RESYNC_CONFIRM, 1), (Kind.RESYNC_DONE, 1), (Kind.VOLUME_STATE, 0),
+    (Kind.VOLUME_STATE, 1),
 ]  # fmt: skip
 
 
