@@ -189,7 +189,7 @@ class Connection:
         for read in reads.values():
             resource.read_again(read)
         for volume in resource.volumes.values():
-            volume.farewell_heard(self.peer)
+            volume.farewell_refused(self.peer)
             volume.path.wake_all()
         self._round_since = None
         resource.peer_lost(self)
@@ -408,7 +408,7 @@ class Connection:
             volume.mark(self.peer, offset, size)
         self._resource.log.lose(self.peer, volume.number)
         volume.replicas[self.peer].peer_disk_gone()
-        volume.farewell_heard(self.peer)
+        volume.farewell_refused(self.peer)
         volume.replicas[self.peer].release()
         if volume.attached is None:
             return None
@@ -418,7 +418,8 @@ class Connection:
         link = self.link
 
         def durable() -> None:
-            if self.link is link:
+            # Only good data can vouch; without an answer the peer learns our state from DISK_STATE or a round.
+            if self.link is link and volume.disk is Disk.UP_TO_DATE:
                 self.send(Frame(Kind.DISK_STATE_ACK, volume.number, sequence=frame.sequence))
 
         volume.ledger.settled(lambda: volume.save_pages(durable))

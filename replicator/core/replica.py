@@ -247,6 +247,7 @@ class Replica:
             return "VOLUME_STATE without a current generation"
         self._received = (frame.sequence, state)
         if frame.sequence > self._round:
+            self.volume.farewell_refused(self.peer)  # if our disk has just gone: the peer did not take over
             self.begin_round()
         else:
             self._decide()
@@ -340,7 +341,10 @@ class Replica:
     def _no_sync(self, theirs: VolumeState) -> None:
         """Equal copies: no fork point may remain (V3), and whoever was in doubt no longer is."""
         volume, link = self.volume, self.link
-        lifted = max(volume.disk, Disk(theirs.disk)) >= Disk.CONSISTENT
+        # Equal, nothing dirty, nobody crashed: with two nodes there is no third copy that could be newer, so doubt
+        # is lifted even if both were outdated (each let its disk go while it believed in the other's).
+        alone = len(volume.replicas) == 1
+        lifted = alone or max(volume.disk, Disk(theirs.disk)) >= Disk.CONSISTENT
 
         def change(found: Superblock) -> Superblock:
             found = clear_slot(found, self.peer)

@@ -92,6 +92,7 @@ class Volume:
         self._page_waiters: list[Callable[[], None]] = []
         self._checkpoint_at = 0
         self._last_gasp = False  # the write that marks a lost disk Outdated is under way
+        self._refused = False
         self._farewells: set[int] = set()  # peers that have not confirmed that our disk is gone
 
     # --- what the write path and resync ask (writes.Home, resync.Home)
@@ -432,6 +433,7 @@ class Volume:
         self.serving = False
         self.path.frozen = True
         self._farewells = set()
+        self._refused = False
         for peer, replica in self.replicas.items():
             if replica.disk_gone(ranges):
                 self._farewells.add(peer)
@@ -457,10 +459,18 @@ class Volume:
         self._farewells.discard(peer)
         self._thaw()
 
+    def farewell_refused(self, peer: int) -> None:
+        """The peer cannot vouch for what our disk lacks: it has lost its own, compares anew, or is gone."""
+        if peer in self._farewells:
+            self._farewells.discard(peer)
+            self._refused = True
+            self._thaw()
+
     def _thaw(self) -> None:
         if self._last_gasp or self._farewells or self.disk not in (Disk.FAILED, Disk.DETACHING, Disk.DISKLESS):
             return
-        self.path.thaw(good=any(replica.has_good_data for replica in self.replicas.values()))
+        good = not self._refused and any(replica.has_good_data for replica in self.replicas.values())
+        self.path.thaw(good=good)
 
     def closed(self) -> None:
         """The device is closed."""

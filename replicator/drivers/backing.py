@@ -172,7 +172,8 @@ def open_backing(path: str, *, io: str = "direct", read_only: bool = False) -> B
     try:
         device = stat.S_ISBLK(os.stat(path).st_mode)
     except OSError as error:
-        raise DiskError(f"{path} cannot be opened: {_reason(error)}") from error
+        hint = "check the configured path, and that the device is there"
+        raise DiskError(f"{path} cannot be opened: {_reason(error)}", hint=hint) from error
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     # A device is usually named by a link of udev or LVM; a file is named by itself.
     flags |= os.O_EXCL if device else os.O_NOFOLLOW

@@ -240,7 +240,10 @@ def _create_file(path: str, size: int) -> None:
 def _fixed_base(area: Backing) -> int:
     base = align_down(area.size, PAGE) - FIXED_BYTES
     if base < 0:
-        raise DiskError(f"{area.path} with {area.size} bytes is too small to hold metadata")
+        raise DiskError(
+            f"{area.path} with {area.size} bytes is too small to hold metadata",
+            hint="check whether the device was replaced or cut",
+        )
     return base
 
 

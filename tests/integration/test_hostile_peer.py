@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import pytest
 
@@ -524,7 +524,7 @@ def test_no_disk_state_a_peer_may_claim_breaks_anything(victim: Victim, disk: in
     [{"size_bytes": 512}, {"size_bytes": 1 << 62}, {"current": 77}],
     ids=["small", "huge", "unrelated"],
 )
-def test_a_copy_that_does_not_fit_is_refused(victim: Victim, change: dict[str, int]) -> None:
+def test_a_copy_that_does_not_fit_is_refused(victim: Victim, change: dict[str, Any]) -> None:
     with victim.evil() as evil:
         evil.agree()
         frame = evil.expect(Kind.VOLUME_STATE)

@@ -129,7 +129,7 @@ def test_qemu_io_writes_zeroes_discards_flushes_and_forces(pair: Pair) -> None:
     said = run("qemu-io", "-f", "raw", "-t", "none", "-d", "unmap", *arguments, pair.uri())
     assert "Pattern verification failed" not in said
     data = pair.written_blocks_are_equal()
-    assert data[: MIB] == b"\xaa" * MIB
+    assert data[:MIB] == b"\xaa" * MIB
     assert data[MIB : MIB + 124 * 1024] == bytes(124 * 1024)
     assert data[3 * MIB : 3 * MIB + 512] == b"\x55" * 512
     assert data[8 * MIB : 10 * MIB] == b"\x78" * (2 * MIB)
@@ -194,7 +194,10 @@ h.shutdown()
 
 def test_libnbd_from_python_with_many_in_flight(pair: Pair) -> None:
     python = "/usr/bin/python3"
-    if not Path(python).exists() or subprocess.run([python, "-c", "import nbd"], capture_output=True, check=False).returncode:
+    if (
+        not Path(python).exists()
+        or subprocess.run([python, "-c", "import nbd"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("needs python3-libnbd")
     said = run(python, "-c", LIBNBD, pair.uri())
     assert set(said.split()) <= {"EINVAL", "ENOSPC"} and len(said.split()) == 2, said
@@ -233,6 +236,17 @@ def test_with_direct_io_copies_end_equal(tmp_path: Path, metadata: str) -> None:
         pytest.skip(f"needs O_DIRECT on the file system of {tmp_path}")
     with running(tmp_path, io="direct", metadata=metadata) as pair:
         fio(pair, "--rw=randrw", "--bsrange=512-64k", "--size=16m", "--fsync=128")
-        run("qemu-io", "-f", "raw", "-t", "none", "-c", "write -P 0x11 513 777", "-c", "read -P 0x11 513 777", pair.uri())
+        run(
+            "qemu-io",
+            "-f",
+            "raw",
+            "-t",
+            "none",
+            "-c",
+            "write -P 0x11 513 777",
+            "-c",
+            "read -P 0x11 513 777",
+            pair.uri(),
+        )
         data = pair.written_blocks_are_equal()
         assert data[513 : 513 + 777] == b"\x11" * 777

@@ -266,7 +266,9 @@ class Run:
         """Ask a node to be Primary; both are never asked at once."""
         self.promoting = True
         life = node.life
-        if self.rng.random() < 0.05 and established(self.world):
+        swarm = self.swarm
+        quiet = not (swarm.kill or swarm.power or swarm.cut or swarm.partition or swarm.stall or swarm.operator)
+        if quiet and self.rng.random() < 0.2 and established(self.world):
             self.sometimes("two promotions raced")
             other = self.world.nodes[1 - node.id]
             if other.up:

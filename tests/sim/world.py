@@ -214,7 +214,7 @@ class World:
 
     # --- actions
 
-    def perform(self, node: Node, action: act.Action) -> None:
+    def perform(self, node: Node, action: act.Action, /) -> None:
         """Do what the core asked for, later."""
         name = type(action).__name__
         handler = getattr(self, f"_do_{name.lower()}")

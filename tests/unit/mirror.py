@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from replicator.core import superblock
-from replicator.core.actions import Action, CommandDone, Notice, ReadData, Reply
+from replicator.core.actions import Action, CommandDone, Notice, ReadData, Reply, WriteMeta
 from replicator.core.connection import Connection
-from replicator.core.events import ClientClosed, ClientOpened, DiskDone, Io
+from replicator.core.events import ClientClosed, ClientOpened, DiskDone, Io, Tick
 from replicator.core.geometry import BLOCK, PAGE
 from replicator.core.replica import Replica
 from replicator.core.resource import Resource
@@ -76,8 +76,9 @@ class Mirror:
             self.run(lambda: self.connection(self.alpha).settled and self.connection(self.alpha).connected)
             self.pause()
         if primary is not None:
-            answer = self.command(self.node(primary), "primary")
-            assert answer.ok, answer
+            self.done(self.node(primary), "primary")
+            if start == "established":
+                self.run(lambda: self.connection(self.node(1 - primary)).role is Role.PRIMARY)
 
     def _sent(self, node: int, kind: Kind) -> bool:
         return any([hook(node, kind) for hook in self.hooks])  # noqa: C419 - each hook sees each frame
@@ -251,6 +252,13 @@ class Mirror:
         for area in (node.disks[0].data.seen, node.disks[0].data.stable):
             area[: len(data)] = data
 
+    def rename_resource(self, node: Node, resource_id: bytes) -> None:
+        """Give the metadata of a node that is off another resource id."""
+        disk = node.disks[0]
+        changed = replace(self.superblock(node), resource_id=resource_id)
+        disk.meta.write(disk.fixed_base, superblock.encode(changed, 1000) + superblock.encode(changed, 1001))
+        disk.meta.flush()
+
     def slow_disks(self, us: int = 10_000_000) -> None:
         """What is handed to a disk from now on takes about so long (until `fast_disks`)."""
         self.world.rates.disk_us = us
@@ -326,7 +334,26 @@ class Mirror:
             else:
                 perform(who, action)
 
-        self.world.perform = failing  # type: ignore[method-assign, assignment]
+        self.world.perform = failing  # type: ignore[method-assign]
+
+    def lose_disk(self, node: Node) -> None:
+        """Its disk is broken, and the core learns of it now (as from a failed flush)."""
+        node.disks[0].broken = True
+        if node.resource is not None:
+            self.volume(node).disk_error("flush", errno.EIO)
+            node.step(Tick())
+
+    def fail_metadata(self, node: Node) -> None:
+        """Metadata writes end with EIO; everything else works."""
+        perform = self.world.perform
+
+        def failing(who: Node, action: Action) -> None:
+            if who is node and isinstance(action, WriteMeta):
+                self.world.after(MS, lambda: who.step(DiskDone(action.token, errno.EIO)))
+            else:
+                perform(who, action)
+
+        self.world.perform = failing  # type: ignore[method-assign]
 
     def watch(self, look: Callable[[Node, Action], object]) -> None:
         """Call `look` with every action before it is carried out."""

@@ -12,6 +12,7 @@ from tests.sim.world import MS, SECOND
 from tests.unit.mirror import Mirror
 
 LONG = 1000 * SECOND
+NO_FORK = "Connection._lose ignores what TransferLog.lose marked: bits without a fork point, and the peer may win"
 
 
 def both_stand_alone(m: Mirror) -> bool:
@@ -451,3 +452,53 @@ def test_fresh_metadata_says_just_created() -> None:
     assert same(m.superblock(m.alpha).current, JUST_CREATED)
     assert m.rule(m.alpha) == m.rule(m.beta) == "just-created-both"
     assert "inconsistent" in m.reasons(m.alpha)
+
+
+# --- acknowledged, but not confirmed when the link was lost
+
+
+@pytest.mark.xfail(strict=True, reason=NO_FORK)
+@pytest.mark.parametrize("protocol", ["A", "B", "C"])
+def test_losing_a_peer_that_has_not_confirmed_acknowledged_writes_begins_a_generation(protocol: str) -> None:
+    m = Mirror(primary=0, protocol=protocol, epoch_time_ns=LONG)
+    before = m.superblock(m.alpha).current
+    m.write(m.alpha, 3, 7)
+    m.partition()
+    m.pause()
+    assert m.dirty(m.alpha) == {3}
+    assert same(m.superblock(m.alpha).peers[0].bitmap_id, before), "something is marked, so there must be a fork point"
+
+
+@pytest.mark.xfail(strict=True, reason=NO_FORK)
+def test_a_write_acknowledged_under_protocol_a_that_never_left_is_not_undone_without_a_split_brain() -> None:
+    m = Mirror(primary=0, protocol="A", epoch_time_ns=LONG)
+    m.stall(m.alpha)
+    m.write(m.alpha, 3, 7)
+    m.partition()
+    m.done(m.alpha, "secondary")
+    m.done(m.beta, "primary")
+    m.write(m.beta, 9, 9)
+    m.done(m.beta, "secondary")
+    m.heal()
+    m.pause(5 * SECOND)
+    assert m.block(m.alpha, 3) == 7, "nobody crashed, so only an operator may throw it away"
+    assert both_stand_alone(m)
+
+
+@pytest.mark.xfail(strict=True, reason=NO_FORK)
+@pytest.mark.parametrize("protocol", ["B", "C"])
+def test_a_write_the_peer_lost_in_a_power_cut_is_not_undone_without_a_split_brain(protocol: str) -> None:
+    m = Mirror(primary=0, protocol=protocol, epoch_time_ns=LONG)
+    m.write(m.alpha, 3, 7)
+    m.world.partitioned = True
+    m.power_cut(m.beta)
+    m.run(lambda: not m.connection(m.alpha).connected)
+    m.done(m.alpha, "secondary")
+    m.restart(m.beta)
+    m.run(lambda: m.disk(m.beta) == "UpToDate")
+    m.done(m.beta, "primary")
+    m.write(m.beta, 9, 9)
+    m.done(m.beta, "secondary")
+    m.heal()
+    m.pause(5 * SECOND)
+    assert m.block(m.alpha, 3) == 7, "alpha never crashed, so only an operator may throw it away"
