@@ -65,7 +65,12 @@ class Commands:
     def run(self, command: Command) -> None:
         """Carry a verb out, or refuse it."""
         verb = self._verbs.get(command.verb)
-        if verb is None:
+        number, peer = command.args.get("volume"), command.args.get("peer")
+        if number is not None and number not in self._resource.volumes:
+            self._done(command, Refusal("no-such-volume", 0, f"there is no volume {number}", "see replicator status"))
+        elif peer is not None and peer not in self._resource.options.peers.values():
+            self._done(command, Refusal("no-such-peer", 0, f"there is no peer {peer}", "see replicator status"))
+        elif verb is None:
             self._done(
                 command,
                 Refusal("unknown-verb", 0, f"there is no verb {command.verb}", "see replicator --help"),
@@ -98,9 +103,6 @@ class Commands:
 
     def _attach(self, command: Command) -> None:
         volumes = self._volumes(command.args)
-        if not volumes:
-            self._done(command, Refusal("no-such-volume", 0, "there is no such volume", ""))
-            return
         if any(volume.disk in (Disk.FAILED, Disk.DETACHING) for volume in volumes):
             self._done(command, in_transition())
             return
@@ -126,22 +128,30 @@ class Commands:
         if self._resource.roles.busy or not self._resource.settled:
             self._done(command, in_transition())
             return
-        for volume in volumes:
-            good = any(replica.has_good_data for replica in volume.replicas.values())
-            if self._resource.primary and not good:
-                self._done(
-                    command,
-                    Refusal(
-                        "last-good-copy",
-                        -2,
-                        "Need access to UpToDate data",
-                        f"volume {volume.number} would lose its only good copy while Primary",
-                    ),
-                )
-                return
+        refusal = self._detach_refusal(volumes)
+        if refusal is not None:
+            self._done(command, refusal)
+            return
         for volume in volumes:
             volume.path.held = True
         self._waiting.append(lambda: self._drained(command, volumes))
+
+    def _detach_refusal(self, volumes: list[Volume]) -> Refusal | None:
+        """Somebody lives on this copy: our clients, or a connected Primary without a good disk of its own."""
+        for volume in volumes:
+            good = any(replica.has_good_data for replica in volume.replicas.values())
+            peer_lives_here = volume.disk is Disk.UP_TO_DATE and any(
+                self._peer_primary(peer) and replica.disk is not Disk.UP_TO_DATE
+                for peer, replica in volume.replicas.items()
+            )
+            if (self._resource.primary and not good) or peer_lives_here:
+                return Refusal(
+                    "last-good-copy",
+                    -2,
+                    "Need access to UpToDate data",
+                    f"volume {volume.number} would lose its only good copy while it is in use",
+                )
+        return None
 
     def _drained(self, command: Command, volumes: list[Volume]) -> bool:
         if any(volume.path.launched for volume in volumes if volume.attached is not None):
@@ -149,6 +159,13 @@ class Commands:
         self._resource.log.close()
         if not self._resource.log.idle:
             return False
+        refusal = self._detach_refusal([volume for volume in volumes if volume.attached is not None])
+        if refusal is not None:
+            for volume in volumes:
+                volume.path.held = any(replica.deciding for replica in volume.replicas.values())
+                volume.path.wake_all()
+            self._done(command, refusal)
+            return True
         for volume in volumes:
             if volume.attached is not None:
                 volume.empty_log(self._leave(volume))

@@ -41,6 +41,9 @@ _KIND: Final = {Io.WRITE: Kind.WRITE, Io.TRIM: Kind.TRIM, Io.ZERO: Kind.ZERO}
 GOODBYE_DISCONNECT: Final = 1
 GOODBYE_REFUSED: Final = 2
 GOODBYE_DOWN: Final = 3
+GOODBYE_NOT_NOW: Final = 4  # nothing is wrong that an administrator must mend: try again later
+#: Bytes of READ answers under way for the peer; our own clients ask for less, so more is a broken peer.
+READ_BYTES_MAX: Final = 64 << 20
 
 
 class PeerRead:
@@ -76,6 +79,7 @@ class Connection:
         self._sequence = 0
         self._unacked: dict[int, tuple[Volume, Write]] = {}
         self._reads: dict[int, PeerRead] = {}
+        self._read_bytes = 0  # the peer's, being answered on this link
         self._heard = 0
         self._pinged: int | None = None
         self._progress = 0  # when an acknowledgement last came, or the first unacknowledged write was sent
@@ -118,6 +122,8 @@ class Connection:
         link = self.link
         if link is not None:
             self._send_goodbye(link, goodbye, reason)
+            if goodbye != GOODBYE_REFUSED:
+                self._resource.roles.peer_leaves(self)
             self._lose(graceful=True)
             self._context.out.append(CloseLink(link, reason))
         self._move(happened, reason)
@@ -144,6 +150,7 @@ class Connection:
         self.role = None
         self._goodbye = False
         self._initial = True
+        self._read_bytes = 0
         self._dialing = False
         self._heard = self._progress = self._context.now
         self._pinged = None
@@ -180,7 +187,9 @@ class Connection:
             volume.replicas[self.peer].link_down(lost_primary=lost_primary)
         self.link = None
         self.role = None
-        resource.log.lose(self.peer)
+        for number in resource.log.lose(self.peer):
+            # What the peer may lack was partly acknowledged: with a fork point it can never win unnoticed (V3).
+            resource.volumes[number].rotate()
         unacked, self._unacked = self._unacked, {}
         self.unwritten_bytes = 0
         for volume, write in unacked.values():
@@ -322,7 +331,7 @@ class Connection:
             if entry is None:
                 return f"RECEIVED for write {sequence}, which is not under way"
             volume, write = entry
-            if volume.trusts_itself() and not write.disk_failed:
+            if volume.trusts_itself() and not write.disk_failed and not write.fua:
                 volume.path.acknowledged(write, self.peer)
         self._progress = self._context.now
         return None
@@ -369,6 +378,9 @@ class Connection:
         if volume.disk is not Disk.UP_TO_DATE:
             self.send(Frame(Kind.READ_FAILED, volume.number, sequence=frame.sequence, payload=pack_errno(5)))
             return None
+        if self._read_bytes + frame.size > READ_BYTES_MAX:
+            return f"more than {READ_BYTES_MAX} bytes of reads at once"
+        self._read_bytes += frame.size
         token = self._context.ask(self._read_done, (frame, self.link))
         self._context.out.append(ReadData(volume.number, token, frame.offset, frame.size))
         return None
@@ -377,6 +389,7 @@ class Connection:
         request, link = subject
         if link is None or link != self.link:
             return
+        self._read_bytes -= request.size
         if event.error:
             answer = Frame(Kind.READ_FAILED, request.volume, sequence=request.sequence, payload=pack_errno(event.error))
         else:
@@ -503,6 +516,12 @@ class Connection:
         self._context.out.append(CloseLink(link, reason))
         self._move(ConnectionMove.LOST, reason)
         self._next_dial = self._context.now + self._context.options.connect_interval_ns
+
+    def probe(self) -> None:
+        """Find out soon whether the peer is still there (a promotion waits for its answer)."""
+        if self.link is not None and self._pinged is None:
+            self._pinged = self._context.now
+            self.send(Frame(Kind.PING, sequence=self.next_sequence()))
 
     def round_begins(self) -> None:
         """A round was begun on the living link: it has to end within the handshake timeout."""

@@ -17,7 +17,7 @@ from replicator.core.generations import JUST_CREATED, PRIMARY_BIT, UNSET, rememb
 from replicator.core.handshake_wire import pack_generation, unpack_generation
 from replicator.core.ledger import with_slot
 from replicator.core.promotion import Refusal, in_transition
-from replicator.core.states import DiskMove
+from replicator.core.states import DiskMove, Role
 from replicator.core.superblock import Superblock
 from replicator.core.volume import Volume
 from replicator.core.wire import Frame, Kind
@@ -85,6 +85,11 @@ class Identity:
         if self._volume is not None or not self._resource.settled or volume.ledger.busy:
             return in_transition()
         connected = [c for c in self._resource.connections.values() if c.connected]
+        primary = [c.name for c in connected if c.role is Role.PRIMARY]
+        if primary:
+            return Refusal(
+                "peer-is-primary", 0, f"{primary[0]} is Primary: the generation is its own", f"say it on {primary[0]}"
+            )
         fresh = same(volume.ledger.durable.current, JUST_CREATED)
         if clear:
             if not connected:

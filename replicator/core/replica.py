@@ -246,6 +246,7 @@ class Replica:
         if state.disk != Disk.DISKLESS and same(state.current, UNSET):
             return "VOLUME_STATE without a current generation"
         self._received = (frame.sequence, state)
+        self.steps.paused_there = state.paused
         if frame.sequence > self._round:
             self.volume.farewell_refused(self.peer)  # if our disk has just gone: the peer did not take over
             self.begin_round()

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from replicator.core.actions import Action, CloseLink, FlushData, ReadData, Reply, Send
 from replicator.core.commands import Commands
-from replicator.core.connection import Connection, PeerRead
+from replicator.core.connection import GOODBYE_NOT_NOW, GOODBYE_REFUSED, Connection, PeerRead
 from replicator.core.context import Context
 from replicator.core.events import (
     ClientClosed,
@@ -409,7 +409,8 @@ class Resource:
                 return
             if candidate.agreed:
                 self._agreed(candidate)
-                self._links[event.link].on_frames(list(event.frames[index + 1 :]))
+                if event.link in self._links:
+                    self._links[event.link].on_frames(list(event.frames[index + 1 :]))
                 return
 
     def _candidate_frame(self, candidate: Candidate, frame: Frame) -> Fault | None:
@@ -423,9 +424,12 @@ class Resource:
         return answer
 
     def _agreed(self, candidate: Candidate) -> None:
-        del self._candidates[candidate.link]
+        self._candidates.pop(candidate.link)
         assert candidate.peer is not None
         connection = self.connections[candidate.peer]
+        if connection.state is ConnectionState.STANDALONE:
+            self._reject(candidate, Fault(f"{self.options.node_name} is StandAlone"))
+            return
         connection.agreed(candidate)
         self._links[candidate.link] = connection
 
@@ -433,7 +437,8 @@ class Resource:
         self._candidates.pop(candidate.link, None)
         self._closing.add(candidate.link)
         self.context.notice("link-refused", reason=fault.text)
-        payload = pack_goodbye(2, fault.text)
+        code = GOODBYE_REFUSED if fault.fatal else GOODBYE_NOT_NOW
+        payload = pack_goodbye(code, fault.text)
         self.context.out.append(Send(candidate.link, Frame(Kind.GOODBYE, payload=payload)))
         self.context.out.append(CloseLink(candidate.link, fault.text))
         self._candidate_over(candidate, fault)

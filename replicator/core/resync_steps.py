@@ -102,7 +102,7 @@ class ResyncSteps:
             if not was_inconsistent and not same(found.current, theirs.current):
                 history = remember(history, found.current)
             full_sync = full or found.peers[slot_index(found, self.peer)].full_sync
-            found = with_slot(found, self.peer, bitmap_id=UNSET, survivor=False, full_sync=full_sync)
+            found = with_slot(found, self.peer, bitmap_id=UNSET, survivor=False, outdated=False, full_sync=full_sync)
             return replace(
                 found,
                 consistent=False,
@@ -294,7 +294,7 @@ def clear_slot(found: Superblock, peer: int) -> Superblock:
     """The peer is not behind any more: its fork point becomes history, and so does its loss as a Primary."""
     slot = found.peers[slot_index(found, peer)]
     history = remember(found.history, slot.bitmap_id) if slot.bitmap_id != UNSET else found.history
-    return replace(with_slot(found, peer, bitmap_id=UNSET, survivor=False), history=history)
+    return replace(with_slot(found, peer, bitmap_id=UNSET, survivor=False, outdated=False), history=history)
 
 
 _HANDLERS: Final[dict[Kind, Callable[[ResyncSteps, Frame], str | None]]] = {

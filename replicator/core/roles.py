@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from replicator.core.connection import Connection
     from replicator.core.resource import Resource
 
+PEER_IS_PRIMARY: Final = -1
 #: How long a promotion waits for a round or for a peer that has just been lost to be noticed (DRBD:
 #: auto-promote-timeout and one ping timeout).
 TRANSITION_NS: Final = 10 * SECOND_NS
@@ -52,6 +53,8 @@ class Roles:
         self._finish: Callable[[Refusal | None], None] = lambda _: None
         self._force = False
         self._deadline = 0
+        self._probed = False
+        self._patience = 0  # until then "the peer is Primary" may be old news: it may just have been demoted or lost
         self._asking: set[int] = set()  # peers whose answer is awaited
         self._grants: dict[int, int] = {}  # peer -> link that granted
         self._waiting: set[int] = set()  # volumes whose durable step is awaited
@@ -60,7 +63,9 @@ class Roles:
     @property
     def deadline(self) -> int | None:
         """When waiting becomes refusing."""
-        return self._deadline if self._step is not None else None
+        if self._step is None or self.busy != "promotion":
+            return None  # a demotion waits for its clients, not for a clock
+        return self._patience if self._context.now < self._patience else self._deadline
 
     def settle(self) -> None:
         """Once per turn: go on if the wait is over."""
@@ -72,6 +77,8 @@ class Roles:
         self._step = step
         self._finish = finish
         self._deadline = self._context.now + TRANSITION_NS
+        self._probed = False
+        self._patience = self._context.now + self._context.options.ping_timeout_ns
         step()
 
     def _end(self, refusal: Refusal | None) -> None:
@@ -132,6 +139,9 @@ class Roles:
             else promotion_refusal(*self.facts(), fencing=self._context.options.fencing, force=self._force)
         )
         if refusal is not None:
+            if refusal.number == PEER_IS_PRIMARY and self._context.now < self._patience:
+                self._probe_peers()
+                return
             self._abort(refusal)
             return
         if self._ask_peers():
@@ -141,6 +151,13 @@ class Roles:
         self._step = None  # from here on completions drive it
         resource.when_quiet(self._write_indicator)
 
+    def _probe_peers(self) -> None:
+        if self._probed:
+            return
+        self._probed = True
+        for connection in self._resource.connections.values():
+            connection.probe()
+
     def _ask_peers(self) -> bool:
         """Ask every connected peer that has not granted on its present link; True while an answer is missing."""
         for peer, connection in self._resource.connections.items():
@@ -148,10 +165,14 @@ class Roles:
                 self._asking.discard(peer)
             elif self._grants.get(peer) != connection.link and peer not in self._asking:
                 self._asking.add(peer)
+                connection.probe()
                 connection.send(Frame(Kind.ROLE_REQUEST, sequence=connection.next_sequence()))
         return bool(self._asking)
 
     def _abort(self, refusal: Refusal) -> None:
+        for volume in self._resource.volumes.values():
+            if volume.attached is not None and volume.ledger.wanted.primary_indicator:
+                volume.ledger.save(lambda found: replace(found, primary_indicator=False), lambda: None)
         self._tell_peers(primary=False)
         self._end(refusal)
 

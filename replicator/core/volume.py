@@ -118,6 +118,10 @@ class Volume:
         """See `Group.forked`."""
         return not peers or self.group.forked(self, peers)
 
+    def missed(self) -> bool:
+        """See `writes.Home`."""
+        return any(self.absent_mask >> peer & 1 and self.dirty_count(peer) for peer in self.replicas)
+
     def rotate(self) -> None:
         """Make the fork points that are missing."""
         self.group.rotate(self, self.absent_mask)

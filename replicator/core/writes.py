@@ -105,6 +105,9 @@ class Home(Protocol):
     def forked(self, peers: int) -> bool:
         """A fork point towards each of these peers is durable."""
 
+    def missed(self) -> bool:
+        """Some peer that is away lacks something."""
+
     def rotate(self) -> None:
         """Make one; `WritePath.wake_unforked` follows."""
 
@@ -334,7 +337,10 @@ class WritePath:
 
     def flush_done(self, token: int) -> None:
         """A FLUSH is answered, unless the reply must wait for a fork point or a failing disk."""
-        if self.frozen or not self._home.forked(self._home.absent(self._me)):
+        unforked = self._home.missed() and not self._home.forked(self._home.absent(self._me))
+        if unforked:
+            self._home.rotate()
+        if self.frozen or unforked:
             self._ripe_flushes.append(token)
         else:
             self._context.out.append(Reply(token, 0 if self._home.writable() else errno.EIO))
@@ -369,11 +375,12 @@ class WritePath:
 
     def reply_ripe(self) -> None:
         """Answer what was complete and waited for a fork point or for the peer to know of our failed disk."""
-        if self.frozen or not self._home.forked(self._home.absent(self._me)):
+        if self.frozen:
             return
-        while self._ripe:
-            self._reply(self._ripe.popleft())
-        while self._ripe_flushes:
+        if self._home.forked(self._home.absent(self._me)):
+            while self._ripe:
+                self._reply(self._ripe.popleft())
+        for _ in range(len(self._ripe_flushes)):
             self.flush_done(self._ripe_flushes.popleft())
 
     def _again(self, queue: deque[Write]) -> None:

@@ -41,6 +41,7 @@ LOCK_TRIES = 40
 LOCK_PAUSE_S = 0.05
 
 _UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.ENOTTY, errno.EINVAL})
+_CHECK_PATH = "check the configured path, and that the device is there"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)
@@ -172,8 +173,7 @@ def open_backing(path: str, *, io: str = "direct", read_only: bool = False) -> B
     try:
         device = stat.S_ISBLK(os.stat(path).st_mode)
     except OSError as error:
-        hint = "check the configured path, and that the device is there"
-        raise DiskError(f"{path} cannot be opened: {_reason(error)}", hint=hint) from error
+        raise DiskError(f"{path} cannot be opened: {_reason(error)}", hint=_CHECK_PATH) from error
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     # A device is usually named by a link of udev or LVM; a file is named by itself.
     flags |= os.O_EXCL if device else os.O_NOFOLLOW
@@ -243,7 +243,7 @@ def _open(path: str, flags: int, *, direct: bool) -> int:
     try:
         return os.open(path, flags)
     except OSError as error:
-        hint = ""
+        hint = _CHECK_PATH
         if error.errno == errno.EBUSY:
             hint = "unmount it or stop what uses it"
             raise DiskError(f"{path} is in use{_holders(path)}", hint=hint) from error

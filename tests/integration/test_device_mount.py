@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,10 @@ def nodes(tmp_path: Path) -> Iterator[TwoNodes]:
             for point in mounts_below(tmp_path):
                 run("umount", point, check=False)
             for node in list(pair.processes):
-                pair.cli(node, "down", "r0", "--force")
+                with suppress(subprocess.TimeoutExpired):
+                    pair.cli(node, "down", "r0", "--force")
+            for node in list(pair.processes):
+                pair.kill(node)
             for loop in loops_below(runs):
                 run("losetup", "--detach", loop, check=False)
             for point in mounts_below(runs):

@@ -650,7 +650,6 @@ def test_a_goodbye_in_ill_temper_is_shown_to_the_operator(victim: Victim) -> Non
     victim.serves()
 
 
-@pytest.mark.xfail(reason="the core reads without bound for a peer that does not take the answers", strict=True)
 def test_a_flood_of_reads_whose_answers_nobody_reads_costs_no_memory(victim: Victim) -> None:
     with victim.evil() as evil:
         evil.agree()

@@ -223,7 +223,7 @@ class Story:
                 start = extent * EXTENT
                 found = client.read(start, min(EXTENT, len(self.truth.image) - start))
                 wrong += self.truth.wrong_blocks(extent, found)
-            client.flush()
+            client.flush()  # also on a survivor that has not written yet
         assert not wrong, f"{len(wrong)} blocks are wrong on {self.primary}: {wrong[:8]}{self.where()}"
 
     def check(self) -> None:

@@ -42,6 +42,14 @@ class Area:
     def _touch(self, offset: int, size: int) -> None:
         self.touched.update(range(offset // BLOCK, -(-(offset + size) // BLOCK)))
 
+    def flush_these(self, covered: list[tuple[int, bytes]]) -> None:
+        """These writes are stable; newer ones stay in the cache (and over them)."""
+        known = {id(entry) for entry in covered}
+        for entry in covered:
+            if any(entry is other for other in self.cache):
+                self.stable[entry[0] : entry[0] + len(entry[1])] = entry[1]
+        self.cache = [entry for entry in self.cache if id(entry) not in known]
+
     def power_cut(self, rng: random.Random) -> None:
         """Each cached sector is lost or kept, on its own."""
         for offset, data in self.cache:

@@ -268,43 +268,24 @@ class World:
     def _do_zerodata(self, node: Node, a: act.ZeroData) -> None:
         self._disk_op(node, a.volume, a.token, lambda d: d.data.write(a.offset, bytes(a.size)), "data" if a.fua else "")
 
-    def _do_flushdata(self, node: Node, a: act.FlushData) -> None:
+    def _do_flushdata(self, node: Node, a: act.FlushData, /) -> None:
         # The flush covers what was complete when it was asked for: writes applied later stay in the cache.
-        disk = node.disks[a.volume]
-        covered = len(disk.data.cache)
-        life = node.life
+        disk, life = node.disks[a.volume], node.life
+        covered = list(disk.data.cache)
+        serial = next(self.serial)
+        node.in_flight[serial] = (disk, lambda: None)
 
         def complete() -> None:
             if node.life != life:
                 return
+            del node.in_flight[serial]
             error = disk.error or (5 if disk.fail_flush else 0)
             if not error:
-                cache = disk.data.cache
-                for offset, data in cache[:covered]:
-                    disk.data.stable[offset : offset + len(data)] = data
-                del cache[:covered]
-                for flush in self._flushes.get(id(disk), []):
-                    flush[0] = max(0, flush[0] - covered)
+                disk.data.flush_these(covered)
             node.step(ev.DiskDone(a.token, error))
             self._maybe_closed(node, a.volume)
 
-        serial = next(self.serial)
-        node.in_flight[serial] = (disk, lambda: None)
-
-        def done() -> None:
-            if node.life == life:
-                del node.in_flight[serial]
-            complete()
-
-        self._flushes: dict[int, list[list[int]]] = getattr(self, "_flushes", {})
-        self.after(self._disk_delay() * 3, self._ordered_flush(disk, covered, done))
-
-    def _ordered_flush(self, disk: Disk, covered: int, done: Callable[[], None]) -> Callable[[], None]:
-        # A simple and conservative model: by the time it completes, everything seen so far that was complete is stable.
-        def finish() -> None:
-            done()
-
-        return finish
+        self.after(self._disk_delay() * 3, complete)
 
     def _do_writemeta(self, node: Node, a: act.WriteMeta) -> None:
         pieces = [(offset, bytes(data)) for offset, data in a.pieces]

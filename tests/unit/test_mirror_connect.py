@@ -215,11 +215,6 @@ def test_attempts_keep_their_distance() -> None:
     assert {node for node, _ in dials} == {1}, "one side dials, the other listens"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Resource._agreed does not look whether the connection became StandAlone: illegal move, the process ends",
-)
 @pytest.mark.parametrize("when", [Kind.HELLO, Kind.AGREE])
 @pytest.mark.parametrize("node_id", [0, 1])
 @pytest.mark.parametrize("sender", [0, 1])
@@ -288,11 +283,6 @@ def test_writes_that_are_not_acknowledged_end_the_link_although_pings_are_answer
     assert m.identical()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Resource._reject sends GOODBYE code 2 (refused) for a mere timeout: "
-    "a peer that had agreed goes StandAlone for good",
-)
 def test_a_handshake_that_hangs_is_given_up_and_tried_again() -> None:
     m = Mirror()
     m.cut()

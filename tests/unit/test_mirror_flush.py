@@ -13,7 +13,6 @@ from tests.sim.world import MS, SECOND
 from tests.unit.mirror import Mirror
 
 LONG = 1000 * SECOND
-FLUSH_HANGS = "WritePath.flush_done parks the reply until a fork point is durable, and nobody asks for one: FLUSH hangs"
 
 
 @pytest.mark.parametrize("protocol", ["B", "C"])
@@ -78,10 +77,6 @@ def test_fua_under_a_and_b_is_stable_here_at_the_reply(protocol: str) -> None:
     assert m.stable(m.alpha, 3) == 7
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Connection._on_received counts RECEIVED for a write with FUA, which is not stable at the peer yet",
-)
 def test_fua_under_b_is_stable_on_both_at_the_reply() -> None:
     m = Mirror(primary=0, protocol="B", epoch_time_ns=LONG)
     m.write(m.alpha, 3, 6)
@@ -108,7 +103,6 @@ def test_flush_without_a_peer_is_local() -> None:
     assert m.stable(m.alpha, 3) == 7
 
 
-@pytest.mark.xfail(strict=True, reason=FLUSH_HANGS)
 @pytest.mark.parametrize("written", [False, True])
 def test_a_lone_primary_answers_a_flush(written: bool) -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
@@ -120,7 +114,6 @@ def test_a_lone_primary_answers_a_flush(written: bool) -> None:
     assert m.dirty(m.alpha) == ({3} if written else set())
 
 
-@pytest.mark.xfail(strict=True, reason=FLUSH_HANGS)
 def test_a_flush_waiting_for_a_peer_that_is_lost_is_answered_after_the_fork_point() -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
     before = m.superblock(m.alpha).current
@@ -219,7 +212,6 @@ def test_a_failed_flush_without_a_peer_is_an_error_and_no_later_flush_succeeds()
     assert m.wait(m.ask(m.alpha, Io.FLUSH)).error == errno.EIO, "a failed flush is never retried (V8)"
 
 
-@pytest.mark.xfail(strict=True, reason=FLUSH_HANGS)
 def test_a_failed_flush_of_the_peer_is_no_error_and_its_copy_is_known_to_lack_the_writes() -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
     m.write(m.alpha, 3, 7)

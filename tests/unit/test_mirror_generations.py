@@ -12,7 +12,6 @@ from tests.sim.world import MS, SECOND
 from tests.unit.mirror import Mirror
 
 LONG = 1000 * SECOND
-NO_FORK = "Connection._lose ignores what TransferLog.lose marked: bits without a fork point, and the peer may win"
 
 
 def both_stand_alone(m: Mirror) -> bool:
@@ -348,14 +347,7 @@ def test_a_plain_new_generation_that_is_interrupted_ends_well(kind: Kind, primar
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(
-            Kind.NEW_GENERATION,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Identity.begin on a Secondary records a fork point the Primary can never follow: "
-                "rr-conflict for good",
-            ),
-        ),
+        Kind.NEW_GENERATION,
         Kind.NEW_GENERATION_ACK,
     ],
 )
@@ -457,7 +449,6 @@ def test_fresh_metadata_says_just_created() -> None:
 # --- acknowledged, but not confirmed when the link was lost
 
 
-@pytest.mark.xfail(strict=True, reason=NO_FORK)
 @pytest.mark.parametrize("protocol", ["A", "B", "C"])
 def test_losing_a_peer_that_has_not_confirmed_acknowledged_writes_begins_a_generation(protocol: str) -> None:
     m = Mirror(primary=0, protocol=protocol, epoch_time_ns=LONG)
@@ -469,7 +460,6 @@ def test_losing_a_peer_that_has_not_confirmed_acknowledged_writes_begins_a_gener
     assert same(m.superblock(m.alpha).peers[0].bitmap_id, before), "something is marked, so there must be a fork point"
 
 
-@pytest.mark.xfail(strict=True, reason=NO_FORK)
 def test_a_write_acknowledged_under_protocol_a_that_never_left_is_not_undone_without_a_split_brain() -> None:
     m = Mirror(primary=0, protocol="A", epoch_time_ns=LONG)
     m.stall(m.alpha)
@@ -485,7 +475,6 @@ def test_a_write_acknowledged_under_protocol_a_that_never_left_is_not_undone_wit
     assert both_stand_alone(m)
 
 
-@pytest.mark.xfail(strict=True, reason=NO_FORK)
 @pytest.mark.parametrize("protocol", ["B", "C"])
 def test_a_write_the_peer_lost_in_a_power_cut_is_not_undone_without_a_split_brain(protocol: str) -> None:
     m = Mirror(primary=0, protocol=protocol, epoch_time_ns=LONG)

@@ -302,9 +302,6 @@ def test_a_resync_paused_by_either_side_or_both_stands_still_until_all_resume(by
     assert m.identical()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="VOLUME_STATE.paused is sent and never read: Replica._on_state forgets the peer's pause"
-)
 @pytest.mark.parametrize("by", [0, 1])
 def test_a_pause_is_remembered_over_a_lost_link(by: int) -> None:
     m = Mirror(checksum_sync="never", resync_max_rate=4 * MIB, size=4 * MIB)

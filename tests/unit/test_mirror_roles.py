@@ -148,7 +148,6 @@ def test_a_secondary_that_connects_while_the_indicator_is_written_is_asked_too()
     assert m.role(m.alpha) == ("Primary" if promoted else "Secondary")
 
 
-@pytest.mark.xfail(strict=True, reason="Roles._abort after _write_indicator leaves PrimaryIndicator set on a Secondary")
 def test_a_promotion_that_is_refused_late_leaves_no_indicator_on_disk() -> None:
     m = Mirror()
     m.partition()
@@ -159,9 +158,6 @@ def test_a_promotion_that_is_refused_late_leaves_no_indicator_on_disk() -> None:
     assert not m.superblock(m.alpha).primary_indicator, "a crash would make a crashed Primary of a Secondary"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the stale PrimaryIndicator of a refused promotion makes rule crashed-both choose it"
-)
 def test_a_node_that_was_only_refused_is_never_taken_for_a_crashed_primary() -> None:
     """Protocol A: what the real Primary flushed and its peer never got must not be overwritten."""
     m = Mirror(protocol="A")
@@ -223,10 +219,6 @@ def test_demotion_waits_for_writes_under_way_and_for_their_epoch() -> None:
     assert not m.superblock(m.alpha).primary_indicator
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Roles.deadline stays in the past when a demotion waits longer than TRANSITION_NS: ticks without end",
-)
 def test_a_demotion_that_waits_long_makes_no_busy_loop() -> None:
     m = Mirror(primary=0)
     m.slow_disks(30_000_000)
@@ -246,9 +238,6 @@ def test_no_request_is_served_after_demotion_and_the_other_side_goes_on() -> Non
     assert m.read(m.beta, 3)[0] == 7 and m.identical()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="demotion is answered before the peer knows of it: an immediate promotion there gets -1"
-)
 def test_a_promotion_right_after_the_demotion_of_the_other_node_succeeds() -> None:
     m = Mirror(primary=0)
     m.done(m.alpha, "secondary")
@@ -281,10 +270,6 @@ def test_with_fencing_a_secondary_that_a_primary_disconnects_is_outdated() -> No
     assert refused(m, 1, "primary") == -2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Connection.disconnect does not call Roles.peer_leaves: only the side that gets the goodbye records it",
-)
 def test_with_fencing_a_secondary_that_disconnects_from_a_primary_is_outdated_on_both_sides() -> None:
     m = Mirror(primary=0, fencing="resource-only")
     m.done(m.beta, "disconnect")
@@ -293,9 +278,6 @@ def test_with_fencing_a_secondary_that_disconnects_from_a_primary_is_outdated_on
     assert m.disk(m.beta) == "Outdated" and m.superblock(m.beta).outdated
 
 
-@pytest.mark.xfail(
-    strict=True, reason="PeerSlot.outdated is never cleared: an open fence lets an older copy be promoted"
-)
 def test_with_fencing_a_peer_that_came_back_does_not_count_as_outdated_for_ever() -> None:
     """Or the fence is open: the peer that caught up, became Primary and wrote is newer."""
     m = Mirror(primary=0, fencing="resource-only")
@@ -366,9 +348,6 @@ def test_an_idle_mirror_does_not_spin(primary: int | None) -> None:
     assert m.state(m.alpha) == "Connected"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a promotion waits 10 s, an idle link's death is noticed after up to 12 s: refused with -18"
-)
 def test_a_promotion_outlives_the_discovery_that_the_peer_is_silently_gone() -> None:
     m = Mirror()
     m.world.partitioned = True
@@ -378,7 +357,6 @@ def test_a_promotion_outlives_the_discovery_that_the_peer_is_silently_gone() -> 
     m.done(m.alpha, "primary")
 
 
-@pytest.mark.xfail(strict=True, reason="Commands._volumes and ._connections answer ok for names that do not exist")
 @pytest.mark.parametrize(
     ("verb", "args"),
     [
