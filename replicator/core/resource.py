@@ -387,8 +387,11 @@ class Resource:
             dialed=event.dialed,
         )
         connection = self.connections[peer]
-        if connection.state is ConnectionState.STANDALONE or len(self._candidates) >= CANDIDATES_MAX:
+        if connection.state is ConnectionState.STANDALONE:
             self._reject(candidate, Fault(f"{self.options.node_name} is StandAlone"))
+            return
+        if len(self._candidates) >= CANDIDATES_MAX:
+            self._reject(candidate, Fault(f"{self.options.node_name} has {CANDIDATES_MAX} handshakes under way already"))
             return
         self._candidates[event.link] = candidate
         self.context.out.append(Send(event.link, candidate.first()))

@@ -179,7 +179,7 @@ def test_what_was_hot_is_dirty_towards_every_peer_slot_and_is_written_before_the
 
 
 def test_the_data_is_flushed_while_the_log_still_names_what_was_hot() -> None:
-    """A killed process leaves writes in a volatile cache: kill, resync from here, power cut lost them (simulator, seed 255)."""
+    """A killed process leaves writes in a volatile cache; kill, resync from here, power cut lost them (simulator)."""
     image = Image()
     image.put_log((1,))
     attempt = Attempt(image)
