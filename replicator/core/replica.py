@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from replicator.core.volume import Volume
     from replicator.core.writes import Write
 
+#: A peer may begin rounds of its own, but not so many that our counter could leave its 64 bits.
+ROUNDS_AHEAD_MAX: Final = 1 << 32
 _GOOD: Final = (Outcome.NONE, Outcome.SOURCE, Outcome.TARGET, Outcome.NO_GOOD_COPY)
 
 
@@ -243,6 +245,8 @@ class Replica:
         state = VolumeState.unpack(frame.payload)
         if frame.sequence <= 0 or (self._received and frame.sequence < self._received[0]):
             return f"round {frame.sequence} after round {self._received and self._received[0]}"
+        if frame.sequence > self._round + ROUNDS_AHEAD_MAX:
+            return f"round {frame.sequence} when ours is {self._round}"
         if state.disk != Disk.DISKLESS and same(state.current, UNSET):
             return "VOLUME_STATE without a current generation"
         self._received = (frame.sequence, state)

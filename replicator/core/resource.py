@@ -192,7 +192,7 @@ class Resource:
 
     def _on_request(self, request: ClientRequest) -> None:
         volume = self.volumes[request.volume]
-        if not self.primary:
+        if not self.primary or self.roles.busy == "demotion":
             self.context.out.append(Reply(request.token, errno.EPERM))
         elif request.io is Io.READ:
             volume.read_bytes += request.size

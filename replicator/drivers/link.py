@@ -20,6 +20,7 @@ from replicator.errors import ProtocolError
 
 BUFFER_BYTES: Final = 256 * 1024
 TURN_BYTES: Final = 4 * 1024 * 1024
+QUEUE_BYTES_MAX: Final = 192 << 20  #: queued for a peer before its frames wait; reads and resync answers stay below 128 MiB
 CLOSE_NS: Final = 1_000_000_000  #: what is queued has this long to leave after `close`
 
 
@@ -129,7 +130,9 @@ class Link:
             self._output_ended = True
             self._stream.end_output()
             wanted = 0
-        self._watch(READ | wanted)
+        # A peer that asks for more than it takes is not listened to until it has taken some.  Both sides cannot be in
+        # that state at once: what the core sends to a peer that writes is bounded well below it.
+        self._watch(wanted | (READ if self._queue.size_bytes <= QUEUE_BYTES_MAX or self._closing else 0))
 
     def _watch(self, mask: int) -> None:
         if mask != self._mask:

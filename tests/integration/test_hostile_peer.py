@@ -405,11 +405,7 @@ def test_the_highest_round_number_is_survived_also_by_the_next_round(victim: Vic
         frame = evil.expect(Kind.VOLUME_STATE)
         state = state_of_beta(VolumeState.unpack(frame.payload))
         evil.send(Frame(Kind.VOLUME_STATE, sequence=(1 << 64) - 1, payload=state.pack()))
-        evil.send(Frame(Kind.PING, sequence=1))
-        try:
-            evil.expect(Kind.PONG)
-        except (EOFError, ConnectionResetError):
-            pass
+        evil.ended()  # a round that far ahead is a broken peer: our own counter could never follow
     victim.nodes.wait("alpha", alone)
     victim.serves()
 
@@ -494,7 +490,7 @@ def test_a_flood_of_reads_whose_answers_nobody_reads_costs_no_memory(victim: Vic
         evil.agree()
         evil.compare()
         evil.expect(Kind.BITMAP_END)
-        evil.send(*[Frame(Kind.READ, sequence=n, size=MIB) for n in range(1, 301)])
+        evil.send(*[Frame(Kind.READ, sequence=n, size=MIB) for n in range(1, 601)])
         evil.send(Frame(Kind.PING, sequence=1))
         victim.client.read(0, BLOCK)
         select.select([], [], [], 0.5)  # time to read all that from the disk
