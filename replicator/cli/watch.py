@@ -168,18 +168,22 @@ def wait(one: Target, verdict: Callable[[Status], Verdict], timeout_s: float | N
     """Follow one resource until `verdict` is there; raises TimedOut, also for what will never be."""
     columns = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
     progress: Any = None
+    total = 0
     try:
         # A look that takes no time at all is still a look.
         for found in statuses(one, None if timeout_s is None else max(timeout_s, 1.0)):
             answer = verdict(found)
             if answer == "":
+                if progress is not None:
+                    progress.update(total, total)
                 return
             if answer is not None:
                 raise TimedOut(answer, hint=f"replicator status {one}")
             if timeout_s == 0:
                 raise TimedOut("not so at the moment", hint=f"replicator status {one}")
-            done, total = amount(found)
-            if show and total:
+            done, now_total = amount(found)
+            total = now_total or total
+            if show and now_total:
                 if progress is None:
                     from replicator.control.progress import ProgressPrinter
 

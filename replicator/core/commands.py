@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from replicator.core.actions import CommandDone
-from replicator.core.connection import GOODBYE_DOWN
+from replicator.core.connection import BY_OPERATOR, GOODBYE_DOWN
 from replicator.core.context import Context
 from replicator.core.events import Command
 from replicator.core.ledger import with_slot
@@ -211,7 +211,7 @@ class Commands:
                 )
                 return
         for connection in self._connections(command.args):
-            connection.disconnect(ConnectionMove.DISCONNECT, "by the operator")
+            connection.disconnect(ConnectionMove.DISCONNECT, BY_OPERATOR)
         self._done(command)
 
     # --- roles

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from replicator.core.resource import Resource
 
 _KIND: Final = {Io.WRITE: Kind.WRITE, Io.TRIM: Kind.TRIM, Io.ZERO: Kind.ZERO}
+BY_OPERATOR: Final = "disconnected by the operator"
 GOODBYE_DISCONNECT: Final = 1
 GOODBYE_REFUSED: Final = 2
 GOODBYE_DOWN: Final = 3

@@ -391,7 +391,9 @@ class Resource:
             self._reject(candidate, Fault(f"{self.options.node_name} is StandAlone"))
             return
         if len(self._candidates) >= CANDIDATES_MAX:
-            self._reject(candidate, Fault(f"{self.options.node_name} has {CANDIDATES_MAX} handshakes under way already"))
+            self._reject(
+                candidate, Fault(f"{self.options.node_name} has {CANDIDATES_MAX} handshakes under way already")
+            )
             return
         self._candidates[event.link] = candidate
         self.context.out.append(Send(event.link, candidate.first()))

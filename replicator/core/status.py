@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from replicator.core.connection import BY_OPERATOR
 from replicator.core.promotion import promotion_refusal, promotion_score
 from replicator.core.resync import SyncTarget
 from replicator.core.states import Connection as State
@@ -157,7 +158,10 @@ def _disk_reasons(resource: Resource, volume: Volume) -> list[dict[str, str]]:
             )
         ]
     if volume.disk is Disk.INCONSISTENT and not synced:
-        if all(r.decision is not None and r.decision.rule == "just-created-both" for r in volume.replicas.values()):
+        if resource.provisional() and not any(r.link is not None for r in volume.replicas.values()):
+            text = "this copy is new and holds no data yet"
+            do = f"connect the peer: replicator up {name} there; then say which data counts (status tells how)"
+        elif all(r.decision is not None and r.decision.rule == "just-created-both" for r in volume.replicas.values()):
             text = "both copies are new and nobody said which data counts"
             do = (
                 f"on the node with the data: replicator primary --force {name}; "
@@ -200,6 +204,8 @@ def _connection_reasons(resource: Resource, connection: Connection) -> list[dict
             )
             return [_entry(scope, "split-brain", text, do)]
         why = connection.reason or "nobody asked for a connection"
+        if why in (BY_OPERATOR, "nobody asked for a connection"):
+            return [_entry(scope, "standalone", f"no connection is tried: {why}", f"replicator connect {name}")]
         return [
             _entry(
                 scope,
