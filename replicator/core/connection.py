@@ -30,7 +30,7 @@ from replicator.core.states import CONNECTION_MOVES, ConnectionMove, Disk, Role,
 from replicator.core.states import Connection as State
 from replicator.core.volume import Volume
 from replicator.core.wire import Flag, Frame, Kind
-from replicator.core.writes import Write
+from replicator.core.write import Write
 from replicator.errors import ProtocolError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from replicator.core.locks import LockKind
 from replicator.core.states import Disk
 from replicator.core.volume import Volume
 from replicator.core.wire import SEQUENCES_MAX, Flag, Frame, Kind
-from replicator.core.writes import Write
+from replicator.core.write import Write
 
 _IO: Final = {Kind.WRITE: Io.WRITE, Kind.TRIM: Io.TRIM, Kind.ZERO: Io.ZERO}
 #: Bytes of payload received and not over yet; our senders are bounded below it, so more is a broken peer.

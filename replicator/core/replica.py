@@ -30,7 +30,7 @@ from replicator.core.wire import Frame, Kind
 if TYPE_CHECKING:
     from replicator.core.connection import Connection
     from replicator.core.volume import Volume
-    from replicator.core.writes import Write
+    from replicator.core.write import Write
 
 #: A peer may begin rounds of its own, but not so many that our counter could leave its 64 bits.
 ROUNDS_AHEAD_MAX: Final = 1 << 32

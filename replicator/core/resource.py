@@ -47,7 +47,7 @@ from replicator.core.status import gi, status
 from replicator.core.transferlog import Epoch, TransferLog
 from replicator.core.volume import Volume
 from replicator.core.wire import Frame, Kind
-from replicator.core.writes import Write
+from replicator.core.write import Write
 from replicator.errors import ProtocolError
 
 #: Links that have not agreed yet; more are closed at once (requirement S-6).

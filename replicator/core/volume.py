@@ -32,7 +32,8 @@ from replicator.core.replica import Replica
 from replicator.core.states import DISK_MOVES, Disk, DiskMove, move
 from replicator.core.superblock import Superblock, encode
 from replicator.core.transferlog import TransferLog
-from replicator.core.writes import Write, WritePath
+from replicator.core.write import Write
+from replicator.core.writes import WritePath
 
 #: Bitmap pages changed by a resync are written now and then, so that a crash does not start it over.
 CHECKPOINT_NS = 2_000_000_000
