@@ -133,7 +133,7 @@ class Commands:
             self._done(command, refusal)
             return
         for volume in volumes:
-            volume.path.held = True
+            volume.path.draining = True
         self._waiting.append(lambda: self._drained(command, volumes))
 
     def _detach_refusal(self, volumes: list[Volume]) -> Refusal | None:
@@ -156,13 +156,14 @@ class Commands:
     def _drained(self, command: Command, volumes: list[Volume]) -> bool:
         if any(volume.path.launched for volume in volumes if volume.attached is not None):
             return False
-        self._resource.log.close()
-        if not self._resource.log.idle:
+        numbers = {volume.number for volume in volumes}
+        self._resource.log.close_for(numbers)
+        if not self._resource.log.idle_for(numbers):
             return False
         refusal = self._detach_refusal([volume for volume in volumes if volume.attached is not None])
         if refusal is not None:
             for volume in volumes:
-                volume.path.held = any(replica.deciding for replica in volume.replicas.values())
+                volume.path.draining = False
                 volume.path.wake_all()
             self._done(command, refusal)
             return True
@@ -183,8 +184,7 @@ class Commands:
         if any(volume.disk is not Disk.DISKLESS for volume in volumes):
             return False
         for volume in volumes:
-            if all(replica.link is None for replica in volume.replicas.values()):
-                volume.path.held = False
+            volume.path.draining = False
             volume.path.wake_all()
         self._done(command)
         return True

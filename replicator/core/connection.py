@@ -420,13 +420,13 @@ class Connection:
             return "DISK_STATE with a range beyond the end"
         for offset, size in ranges:
             volume.mark(self.peer, offset, size)
-        self._resource.log.lose(self.peer, volume.number)
+        marked = self._resource.log.lose(self.peer, volume.number)
         volume.replicas[self.peer].peer_disk_gone()
         volume.farewell_refused(self.peer)
         volume.replicas[self.peer].release()
         if volume.attached is None:
             return None
-        if self.role is Role.PRIMARY or (self._resource.primary and ranges):
+        if self.role is Role.PRIMARY or (self._resource.primary and (ranges or marked)):
             volume.rotate_here(1 << self.peer)
         volume.path.wake_all()
         link = self.link

@@ -230,7 +230,7 @@ class VolumeState:
 
 
 def _bad_size(disk: int, size_bytes: int) -> bool:
-    return size_bytes % SECTOR != 0 or size_bytes > OFFSET_END or (disk == 0 and size_bytes != 0)
+    return size_bytes % SECTOR != 0 or size_bytes > OFFSET_END or (disk == 0) != (size_bytes == 0)
 
 
 class RoleAnswer(IntEnum):

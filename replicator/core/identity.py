@@ -49,8 +49,9 @@ class Identity:
             return
         connection = next((c for c in self._resource.connections.values() if c.connected), None)
         if connection is None:
+            self._volume, self._finish = volume, finish
             volume.rotate_here(sum(1 << peer for peer in volume.replicas))
-            volume.ledger.settled(lambda: finish(None))
+            volume.ledger.settled(self._ended)
             return
         self._volume, self._link, self._clear, self._finish = volume, connection, clear, finish
         fresh = self._context.new_id() & ~PRIMARY_BIT
@@ -158,8 +159,8 @@ class Identity:
     def _acknowledged(self, connection: Connection, volume: Volume, frame: Frame) -> str | None:
         if self._link is not connection or self._volume is not volume or frame.sequence != self._sequence:
             return "NEW_GENERATION_ACK without a new generation"
-        clear, finish = self._clear, self._finish
-        self._forget()
+        clear = self._clear
+        self._link = None  # the peer has it: losing the link now changes nothing
 
         def change(found: Superblock) -> Superblock:
             slot = found.peers[found.slot_of(connection.peer) or 0]
@@ -170,10 +171,15 @@ class Identity:
             if clear and volume.attached is not None:
                 volume.attached.bitmaps[connection.peer].clear_all_asserted_identical()
             volume.replicas[connection.peer].begin_round()
-            finish(None)
+            self._ended()
 
         volume.ledger.save(change, durable)
         return None
+
+    def _ended(self) -> None:
+        finish = self._finish
+        self._forget()
+        finish(None)
 
     def peer_lost(self, connection: Connection) -> None:
         """The link is gone in the middle: the fork point makes us the source when it comes back."""

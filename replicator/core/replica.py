@@ -341,6 +341,8 @@ class Replica:
         """The round is carried out: writes of both sides go on."""
         path = self.volume.path
         path.held = path.held_peer = False
+        if self.volume.writable():
+            path.doomed = False
         path.wake_all()
 
     def _no_sync(self, theirs: VolumeState) -> None:
@@ -380,9 +382,9 @@ class Replica:
 
     def disk_gone(self, ranges: list[tuple[int, int]]) -> bool:
         """Our disk is gone: stop any resync, tell the peer.  True if its confirmation must be waited for."""
-        self.steps.stop()
-        self._starting = False
+        self._starting = self._surviving = False
         if self.link is None:
+            self.steps.stop()
             return False
         confirm = self.has_good_data
         if self.replication is not Replication.OFF:
@@ -398,8 +400,11 @@ class Replica:
         if confirm:
             self.move(ReplicationMove.NO_SYNC)  # the peer goes on with our writes
             self.decision, self.carried_out = Decision(Outcome.NONE, "diskless"), True
+            # Only now may what waited for the resync's locks go on: behind DISK_STATE, as a diskless node's writes.
+            self.steps.stop()
             self.release()
         else:
+            self.steps.stop()
             self.decision = None  # when the device is closed, a new round tells what is left
         return confirm
 
@@ -410,7 +415,7 @@ class Replica:
         self.move(ReplicationMove.ROUND)
         self.move(ReplicationMove.NO_SYNC)
         self._starting = False
-        self.decision = Decision(Outcome.NONE, "diskless")
+        self.decision, self.carried_out = Decision(Outcome.NONE, "diskless"), True
 
     def send_write(self, write: Write) -> None:
         """Mirror a client's write."""

@@ -295,6 +295,9 @@ class Resource:
 
     def disk_lost(self, volume: Volume) -> None:
         """Group.disk_lost: whoever waited for its metadata waits in vain."""
+        for other in self.volumes.values():
+            if other is not volume:
+                other.path.wake_unforked()  # it may have waited for a fork point that this volume makes no more
         self.roles.disk_lost(volume)
         self.identity.disk_lost(volume)
         self.commands.disk_lost(volume)

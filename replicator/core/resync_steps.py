@@ -86,12 +86,12 @@ class ResyncSteps:
         volume, link = self.volume, self.link
         assert link is not None and volume.attached is not None
         self._source_disk = Disk(theirs.disk)
-        self._send_bitmap()
         volume.serving = False
         was_inconsistent = volume.disk is Disk.INCONSISTENT
         volume.become(DiskMove.BECOME_TARGET)
         if same(volume.ledger.wanted.current, JUST_CREATED):
             volume.agree_size(theirs.size_bytes)
+        self._send_bitmap()
         if full:
             volume.attached.bitmaps[self.peer].mark_all()
         self._replica.move(ReplicationMove.BE_TARGET)

@@ -228,7 +228,7 @@ class Roles:
         volume.ledger.save(lambda found: promoted(found, volume, fresh, trusted=trusted), durable)
 
     def _become_primary(self) -> None:
-        if self._resource.attached_anywhere and self._lost_disk_meanwhile():
+        if self._lost_disk_meanwhile():
             self._abort(in_transition())
             return
         if self._ask_peers():

@@ -88,6 +88,15 @@ class TransferLog:
         """Every write ever launched is stable, and confirmed or marked."""
         return not self._closed and not self.open.ranges
 
+    def idle_for(self, volumes: set[int]) -> bool:
+        """As `idle`, for these volumes only."""
+        return not any(number in volumes for epoch in (*self._closed, self.open) for number, _, _ in epoch.ranges)
+
+    def close_for(self, volumes: set[int]) -> None:
+        """Close the open epoch if it holds a write to one of these volumes."""
+        if any(number in volumes for number, _, _ in self.open.ranges):
+            self.close()
+
     def add(self, volume: int, offset: int, size: int, peers: int, now: int, *, local: bool) -> Epoch:
         """A write is launched; `peers` got it; `local` if the local disk did.  Returns its epoch."""
         epoch = self.open

@@ -472,7 +472,7 @@ class Volume:
             self._thaw()
 
     def _thaw(self) -> None:
-        if self._last_gasp or self._farewells or self.disk not in (Disk.FAILED, Disk.DETACHING, Disk.DISKLESS):
+        if self._last_gasp or self._farewells or not self.path.frozen:
             return
         good = not self._refused and any(replica.has_good_data for replica in self.replicas.values())
         self.path.thaw(good=good)

@@ -88,6 +88,8 @@ class WritePath:
         self._me = context.options.node_id
         self.locks = RangeLocks(self._lock_granted)
         self.held = False  # gate 1 for our own clients
+        self.draining = False  # gate 1 for a detach that waits for what is in flight
+        self.doomed = False  # the local disk was lost, and no good copy vouches for what it lacks
         self.held_peer = False  # gate 1 for replicated writes
         self.frozen = False  # the local disk failed and the peer has not confirmed that it knows
         self._parked: deque[Write] = deque()
@@ -125,7 +127,7 @@ class WritePath:
     def _advance(self, write: Write) -> None:
         home = self._home
         own = write.origin == self._me
-        if (self.held or self._log.full) if own else self.held_peer:
+        if (self.held or self.draining or self._log.full) if own else self.held_peer:
             self._parked.append(write)
             return
         lock = write.lock
@@ -240,7 +242,7 @@ class WritePath:
         self._reply(write)
 
     def _reply(self, write: Write) -> None:
-        failed = write.disk_failed and not write.sent
+        failed = write.disk_failed and (self.doomed or not write.sent)
         now = self._context.now
         self.latency_ns += (now - write.since - self.latency_ns) >> LATENCY_SHIFT
         self.last_reply = now
@@ -269,6 +271,7 @@ class WritePath:
         Without a good copy nothing may be acknowledged, not even what a lost peer once had (V8).
         """
         self.frozen = False
+        self.doomed = not good  # also for those whose local completion is still to come
         if not good:
             for write in self._ripe:
                 write.disk_failed, write.sent = True, 0

@@ -292,11 +292,11 @@ class Run:
 
     def die(self, node: Node, *, power: bool) -> None:
         """Kill or cut the power; what the oracle may then expect."""
-        if self.swarm.options["protocol"] == "B":
+        was_primary = node.resource is not None and node.resource.roles.role is Role.PRIMARY
+        if self.swarm.options["protocol"] == "B" and not was_primary:
             for holding in self.holding.values():
                 if holding != {node.id}:
                     holding.discard(node.id)  # it may have acknowledged what it received and did not write
-        was_primary = node.resource is not None and node.resource.roles.role is Role.PRIMARY
         if power:
             for number, holding in self.holding.items():
                 if holding == {node.id}:
