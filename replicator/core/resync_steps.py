@@ -197,6 +197,8 @@ class ResyncSteps:
 
     def on_frame(self, frame: Frame) -> str | None:
         """A frame of the resync.  Returns what is wrong with it, or None."""
+        if frame.kind in _LATE and (self.volume.attached is None or self._replica.decision is None):
+            return None  # it crossed our DISK_STATE or the beginning of a round; no bit depends on it
         handler = _HANDLERS.get(frame.kind)
         return f"{frame.kind.name} has no meaning here" if handler is None else handler(self, frame)
 
@@ -297,6 +299,18 @@ def clear_slot(found: Superblock, peer: int) -> Superblock:
     return replace(with_slot(found, peer, bitmap_id=UNSET, survivor=False, outdated=False), history=history)
 
 
+#: Frames of the copying itself: the peer may send them before it knows that we have stopped.
+_LATE: Final = frozenset(
+    (
+        Kind.RESYNC_REQUEST,
+        Kind.RESYNC_DATA,
+        Kind.RESYNC_ZERO,
+        Kind.RESYNC_EQUAL,
+        Kind.RESYNC_FAILED,
+        Kind.RESYNC_CONFIRM,
+        Kind.RESYNC_DONE,
+    )
+)
 _HANDLERS: Final[dict[Kind, Callable[[ResyncSteps, Frame], str | None]]] = {
     Kind.BITMAP: ResyncSteps._on_bitmap,
     Kind.BITMAP_END: ResyncSteps._on_bitmap_end,
