@@ -107,10 +107,9 @@ def test_a_write_freed_by_a_cancelled_resync_is_marked_at_the_peer() -> None:
     m.beta.step(Tick())
     m.pause(50 * MS)
     m.stall(m.alpha, stalled=False)
-    m.wait(asked)
+    assert m.wait(asked).error == 0, "its good peer has it, and has marked it"
     m.pause(SECOND)
     assert m.disk(m.beta) == "Diskless"
-    assert asked.reply is not None and asked.reply.error == 0, "its good peer has it, and has marked it"
     assert (m.block(m.alpha, 100), m.block(m.beta, 100)) == (9, 0), "only the peer has it"
     assert set(range(19, 219)) <= m.dirty(m.alpha)
     m.done(m.beta, "attach")
