@@ -34,6 +34,7 @@ class Options:
     epoch_time_ns: int = SECOND_NS
     activity_extents: int = 1008
     send_window_bytes: int = 8 * MIB  # protocols A and B: unwritten bytes at the peer before writes wait for it
+    unwritten_bytes_max: int = 128 * MIB  # all protocols: before writes wait here; a peer takes twice as much
     resync_max_rate: int = 0  # bytes per second, 0 = no limit
     resync_latency_target_ns: int = 20_000_000
     checksum_sync: str = "auto"  # always, never

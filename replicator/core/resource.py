@@ -150,7 +150,7 @@ class Resource:
         self.commands.settle()
         for volume in self.volumes.values():
             volume.settle()
-            if not self.log.full and volume.path.parked:
+            if not self.crowded and volume.path.parked:
                 volume.path.wake()
         for connection in self.connections.values():
             connection.settle()
@@ -174,9 +174,11 @@ class Resource:
         )
 
     @property
-    def attached_anywhere(self) -> bool:
-        """A volume has a disk."""
-        return any(volume.attached is not None for volume in self.volumes.values())
+    def crowded(self) -> bool:
+        """Group.crowded: epochs that wait for confirmation, or bytes a peer has not written, are at their bound."""
+        return self.log.full or any(
+            c.unwritten_bytes >= self.options.unwritten_bytes_max for c in self.connections.values()
+        )
 
     def openers(self, number: int | None = None) -> list[str]:
         """Who holds a volume (or any) open."""

@@ -47,6 +47,10 @@ class Group(Protocol):
     def primary(self) -> bool:
         """This node is Primary."""
 
+    @property
+    def crowded(self) -> bool:
+        """Too much is under way already."""
+
     def forked(self, volume: Volume, peers: int) -> bool:
         """Fork points towards these peers are durable, on every volume they are needed on (decision 0001, V3)."""
 
@@ -118,6 +122,10 @@ class Volume:
     def forked(self, peers: int) -> bool:
         """See `Group.forked`."""
         return not peers or self.group.forked(self, peers)
+
+    def crowded(self) -> bool:
+        """See `writes.Home`."""
+        return self.group.crowded
 
     def missed(self) -> bool:
         """See `writes.Home`."""

@@ -3,7 +3,8 @@
 
 A write passes four gates in order, and waits at the first that is closed:
 
-1. *hold*: a round is being negotiated, the transfer log is full, or (replicated writes) this copy is not yet
+1. *hold*: a round is being negotiated, too much is under way (transfer log, unacknowledged bytes), or (replicated
+   writes) this copy is not yet
    durably Inconsistent;
 2. *lock*: an overlapping operation came first (V9);
 3. *fork point*: a peer will not get this write and no fork point towards it is durable yet (V3);
@@ -43,6 +44,9 @@ class Home(Protocol):
 
     def forked(self, peers: int) -> bool:
         """A fork point towards each of these peers is durable."""
+
+    def crowded(self) -> bool:
+        """Too much is under way already: launch nothing more for now."""
 
     def missed(self) -> bool:
         """Some peer that is away lacks something."""
@@ -127,7 +131,7 @@ class WritePath:
     def _advance(self, write: Write) -> None:
         home = self._home
         own = write.origin == self._me
-        if (self.held or self.draining or self._log.full) if own else self.held_peer:
+        if (self.held or self.draining or home.crowded()) if own else self.held_peer:
             self._parked.append(write)
             return
         lock = write.lock

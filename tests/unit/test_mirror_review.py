@@ -228,3 +228,15 @@ def test_a_volume_state_of_a_disk_without_a_size_is_a_protocol_error() -> None:
     action = next(action for node, action in closed if node == m.alpha.id)
     assert isinstance(action, CloseLink) and "size of 0 bytes" in action.reason
     assert m.disk(m.alpha) == "Inconsistent"
+
+
+def test_writes_wait_here_before_a_slow_peer_objects_to_their_number() -> None:
+    m = Mirror(primary=0, unwritten_bytes_max=MIB // 4)
+    m.stall(m.alpha)
+    asked = [m.ask(m.alpha, Io.WRITE, block, value=block % 250 + 1) for block in range(200)]
+    m.pause(100 * MS)
+    assert m.connection(m.alpha).unwritten_bytes == MIB // 4 and all(one.reply is None for one in asked)
+    m.stall(m.alpha, stalled=False)
+    for one in asked:
+        assert m.wait(one).error == 0
+    assert m.identical()
