@@ -4,8 +4,7 @@
 A write passes four gates in order, and waits at the first that is closed:
 
 1. *hold*: a round is being negotiated, too much is under way (transfer log, unacknowledged bytes), or (replicated
-   writes) this copy is not yet
-   durably Inconsistent;
+   writes) this copy is not yet durably Inconsistent;
 2. *lock*: an overlapping operation came first (V9);
 3. *fork point*: a peer will not get this write and no fork point towards it is durable yet (V3);
 4. *activity log*: its extents are not hot on disk (V4).
