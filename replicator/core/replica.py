@@ -112,6 +112,7 @@ class Replica:
         self.link = link
         self._received = None
         self._round = 0
+        self.steps.link_up()
         self.begin_round()
 
     def link_down(self, *, lost_primary: bool) -> None:

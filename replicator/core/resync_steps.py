@@ -37,10 +37,15 @@ class ResyncSteps:
         self.sync: SyncTarget | SyncSource | None = None
         self.paused_here = False
         self.paused_there = False
+        self._broken_off = False  # we ended a resync on this link before the peer could know
         self._bitmap_end = False
         self._ready = False
         self._full = False
         self._source_disk = Disk.UP_TO_DATE  # what the source was when it was chosen
+
+    def link_up(self) -> None:
+        """A new link: nothing of an older resync can come on it."""
+        self._broken_off = False
 
     @property
     def link(self) -> Connection | None:
@@ -57,6 +62,7 @@ class ResyncSteps:
         if self.sync is not None:
             self.sync.cancel()
             self.sync = None
+            self._broken_off = True
         self._bitmap_end = self._ready = False
 
     def _send_bitmap(self) -> None:
@@ -197,8 +203,8 @@ class ResyncSteps:
 
     def on_frame(self, frame: Frame) -> str | None:
         """A frame of the resync.  Returns what is wrong with it, or None."""
-        if frame.kind in _LATE and (self.volume.attached is None or self._replica.decision is None):
-            return None  # it crossed our DISK_STATE or the beginning of a round; no bit depends on it
+        if frame.kind in _LATE and self._broken_off and self.sync is None:
+            return None  # it crossed our DISK_STATE or the beginning of our round; no bit depends on it
         handler = _HANDLERS.get(frame.kind)
         return f"{frame.kind.name} has no meaning here" if handler is None else handler(self, frame)
 
