@@ -99,8 +99,8 @@ class Replica:
     def covered(self, offset: int, size: int) -> bool:
         """No dirty bit towards the peer in this range: the local copy of a target may be read there."""
         attached = self.volume.attached
-        if attached is None:
-            return False
+        if attached is None or not isinstance(self.steps.sync, SyncTarget):
+            return False  # before the resync has begun the source's bits are not known here
         first = offset >> BLOCK_SHIFT
         last = (offset + size - 1) >> BLOCK_SHIFT
         return not attached.bitmaps[self.peer].any_dirty(first, last - first + 1)

@@ -240,3 +240,21 @@ def test_writes_wait_here_before_a_slow_peer_objects_to_their_number() -> None:
     for one in asked:
         assert m.wait(one).error == 0
     assert m.identical()
+
+
+def test_a_primary_reads_nothing_locally_before_it_knows_what_its_new_disk_lacks() -> None:
+    """Found by the simulator (seed 7073): between the decision and the source's bitmap the old blocks looked clean."""
+    m = Mirror(primary=1)
+    m.done(m.beta, "detach")
+    m.write(m.beta, 10, 7)
+    m.stall_at(Kind.BITMAP, m.alpha)
+    m.done(m.beta, "attach")
+    m.run(lambda: m.replication(m.beta) == "WFBitMapT")
+    asked = m.ask(m.beta, Io.READ, 10)
+    m.pause(50 * MS)
+    assert asked.reply is None, "the answer has to come from the peer"
+    m.stall(m.alpha, stalled=False)
+    answer = bytes(m.wait(asked).data)
+    m.establish()
+    assert answer == m.read(m.beta, 10)
+    assert m.identical() and m.block(m.beta, 10) == 7
