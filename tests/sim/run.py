@@ -125,7 +125,8 @@ class Run:
     def loses(self, node: Node, number: int | None = None) -> None:
         """This node's copy may lack something from now on."""
         for volume in self.holding if number is None else (number,):
-            self.holding[volume] -= {node.id}
+            if self.holding[volume] != {node.id}:  # the only good copy stays what it is, also on a disk that was let go
+                self.holding[volume] -= {node.id}
 
     def caught_up(self, node: Node) -> bool:
         """Under protocol A the peer has everything only when nothing is on its way."""
