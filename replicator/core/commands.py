@@ -51,11 +51,6 @@ class Commands:
             "down": self._down,
         }
 
-    @property
-    def deadline(self) -> int | None:
-        """Nothing here waits for a clock."""
-        return None
-
     def settle(self) -> None:
         """Once per turn: go on with what waits."""
         if self._waiting:

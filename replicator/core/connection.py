@@ -166,7 +166,7 @@ class Connection:
         """The agreed link ended by itself."""
         self._lose(graceful=self._goodbye)
         self._move(ConnectionMove.LOST, reason)
-        self._next_dial = self._context.now + self._context.options.connect_interval_ns
+        self._dial_later()
 
     def dial_failed(self, reason: str) -> None:
         """An attempt led nowhere."""
@@ -174,6 +174,9 @@ class Connection:
         if self.state is State.STANDALONE or self.link is not None:
             return
         self.reason = reason
+        self._dial_later()
+
+    def _dial_later(self) -> None:
         self._next_dial = self._context.now + self._context.options.connect_interval_ns
 
     def _lose(self, *, graceful: bool) -> None:
@@ -261,13 +264,8 @@ class Connection:
                 return
 
     def _protocol_error(self, fault: str) -> None:
-        link = self.link
-        assert link is not None
         self._context.notice("protocol-error", peer=self.name, reason=fault)
-        self._lose(graceful=False)
-        self._context.out.append(CloseLink(link, fault))
-        self._move(ConnectionMove.LOST, f"protocol error: {fault}")
-        self._next_dial = self._context.now + self._context.options.connect_interval_ns
+        self._give_up(f"protocol error: {fault}")
 
     def _on_volume_frame(self, frame: Frame) -> str | None:
         volume = self._resource.volumes.get(frame.volume)
@@ -323,7 +321,7 @@ class Connection:
             self._move(ConnectionMove.REFUSED, f"{self.name} refused: {text}")
         else:
             self._move(ConnectionMove.LOST, f"{self.name} disconnected: {text}")
-            self._next_dial = self._context.now + self._context.options.connect_interval_ns
+            self._dial_later()
         return None
 
     def _on_received(self, frame: Frame) -> str | None:
@@ -516,7 +514,7 @@ class Connection:
         self._lose(graceful=False)
         self._context.out.append(CloseLink(link, reason))
         self._move(ConnectionMove.LOST, reason)
-        self._next_dial = self._context.now + self._context.options.connect_interval_ns
+        self._dial_later()
 
     def probe(self) -> None:
         """Find out soon whether the peer is still there (a promotion waits for its answer)."""

@@ -65,11 +65,6 @@ class Replica:
         return self.replication is not Replication.OFF and self.disk >= Disk.INCONSISTENT and self.link is not None
 
     @property
-    def takes_writes(self) -> bool:
-        """Clients' writes are sent to this peer."""
-        return self.replicating
-
-    @property
     def has_good_data(self) -> bool:
         """The peer can serve reads, and a write acknowledged by it is safe."""
         return self.replicating and self.disk is Disk.UP_TO_DATE
@@ -85,11 +80,6 @@ class Replica:
         return self._starting or (
             self.link is not None and self.replication is Replication.OFF and self.decision is None
         )
-
-    @property
-    def peer_may_go_on(self) -> bool:
-        """If our disk goes now, the peer's copy may become newer."""
-        return self.has_good_data
 
     @property
     def deadline(self) -> int | None:

@@ -120,7 +120,7 @@ class Resource:
         limits = [connection.deadline for connection in self.connections.values()]
         limits += [candidate.since + self.options.handshake_timeout_ns for candidate in self._candidates.values()]
         limits += [replica.deadline for volume in self.volumes.values() for replica in volume.replicas.values()]
-        limits += [self.roles.deadline, self.commands.deadline]
+        limits.append(self.roles.deadline)
         if self.log.open.ranges:
             limits.append(self.log.open.since + self.options.epoch_time_ns)
         return min((limit for limit in limits if limit is not None), default=None)

@@ -20,7 +20,6 @@ from replicator.core.generations import PRIMARY_BIT, UNSET
 from replicator.core.geometry import (
     BLOCK_SHIFT,
     EXTENT,
-    PAGE_BLOCKS,
     block_count,
     blocks_of,
     blocks_of_extent,
@@ -166,7 +165,7 @@ class Volume:
         """Send a client's write to every peer that should have it; returns them as bits."""
         sent = 0
         for peer, replica in self.replicas.items():
-            if replica.takes_writes:
+            if replica.replicating:
                 replica.send_write(write)
                 sent |= 1 << peer
         return sent
@@ -453,7 +452,7 @@ class Volume:
         if attached is not None:
             ledger = attached.ledger
             ledger.abandon()
-            if any(r.peer_may_go_on for r in self.replicas.values()):
+            if any(r.has_good_data for r in self.replicas.values()):
                 self._last_gasp = True
                 outdated = replace(ledger.wanted, was_up_to_date=False)
                 token = self.context.ask(self._gasped, None)
@@ -504,11 +503,6 @@ class Volume:
         self.size = self.attached.size = size
         for peer, bitmap in self.attached.bitmaps.items():
             self.attached.bitmaps[peer] = type(bitmap)(block_count(size), bitmap.slot)
-
-    @property
-    def page_blocks(self) -> int:
-        """Blocks that one bitmap page on disk describes."""
-        return PAGE_BLOCKS
 
     @property
     def blocks(self) -> int:

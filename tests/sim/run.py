@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass, field
 
 from replicator.core.actions import CommandDone, Notice, Reply
-from replicator.core.events import ClientClosed, ClientOpened, Io
+from replicator.core.events import ClientOpened, Io
 from replicator.core.geometry import BLOCK, SECTOR
 from replicator.core.states import Disk as DiskState
 from replicator.core.states import Role
@@ -187,7 +187,6 @@ class Run:
         write = Issued(self.number, first, count, self.world.now, zero=io is not Io.WRITE, fua=self.rng.random() < 0.1)
         oracle = self.oracles[volume]
         oracle.issue(write)
-        life = node.life
 
         def done(reply: Reply) -> None:
             if reply.error == 0:
@@ -206,7 +205,6 @@ class Run:
             self.again()
 
         data = fill(write.number, count) if io is Io.WRITE else b""
-        self.guard(node, life)
         node.request(done, io, first * SECTOR, count * SECTOR, data=data, fua=write.fua, volume=volume)
 
     def read(self, node: Node, volume: int) -> None:
@@ -221,7 +219,6 @@ class Run:
                     self.fail(f"read from node {node.id} volume {volume}: {fault}")
             self.again()
 
-        self.guard(node, node.life)
         node.request(done, Io.READ, first * SECTOR, count * SECTOR, volume=volume)
 
     def flush(self, node: Node, volume: int) -> None:
@@ -233,11 +230,7 @@ class Run:
                 self.oracles[volume].flushed(started)
             self.again()
 
-        self.guard(node, node.life)
         node.request(done, Io.FLUSH, 0, 0, volume=volume)
-
-    def guard(self, node: Node, life: int) -> None:
-        """If the node dies before it answers, this client goes on later."""
 
     def fail(self, text: str) -> None:
         """The first fault counts."""
@@ -554,6 +547,3 @@ class Run:
                 fault = oracle.wrong(sector, bytes(first[sector * SECTOR : (sector + 1) * SECTOR]))
                 if fault is not None:
                     self.fail(f"volume {number}: {fault}")
-
-
-__all__ = ["ClientClosed", "Run", "Swarm"]
