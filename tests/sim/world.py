@@ -33,6 +33,7 @@ class Rates:
     disk_us: int = 100
     net_us: int = 200
     cut_frames: bool = True
+    steady: bool = False  # every delay is the same, and nothing is drawn: for traces that people read
 
 
 @dataclass
@@ -254,6 +255,8 @@ class World:
         self.after(self._disk_delay(), complete)
 
     def _disk_delay(self) -> int:
+        if self.rates.steady:
+            return self.rates.disk_us * US
         spread = self.rng.random()
         base = self.rates.disk_us * US
         return int(base * (0.2 + spread * (20 if spread > 0.97 else 2)))
@@ -367,6 +370,8 @@ class World:
         self.after(self._net_delay(), arrive)
 
     def _net_delay(self) -> int:
+        if self.rates.steady:
+            return self.rates.net_us * US
         return int(self.rates.net_us * US * (0.2 + self.rng.random() * 2))
 
     def _do_send(self, node: Node, a: act.Send) -> None:
