@@ -26,7 +26,9 @@ from replicator.core.superblock import Superblock
 from replicator.core.volume import Volume
 from replicator.core.wire import Kind
 from tests.sim.build import boot, established, ready, two_nodes
-from tests.sim.world import MS, SECOND, Link, Node
+from tests.sim.network import Link
+from tests.sim.node import Node
+from tests.sim.world import MS, SECOND
 
 MIB = 1 << 20
 EVENTS_MAX = 60_000  # far beyond what any test needs: more is a busy loop
@@ -64,11 +66,11 @@ class Mirror:
         self.world = two_nodes(seed, size=size, volumes=volumes, **options)
         self.alpha, self.beta = self.world.nodes[0], self.world.nodes[1]
         self.hooks: list[Hook] = []
-        self.world.drop_before = self._sent
+        self.world.network.drop_before = self._sent
         self._held: set[int] = set()  # nodes from which nothing more is sent
         self._kept: list[tuple[Link, int, bytes]] = []
-        self._transmit = self.world._transmit
-        self.world._transmit = self._hold  # type: ignore[method-assign]
+        self._transmit = self.world.network.transmit
+        self.world.network.transmit = self._hold  # type: ignore[method-assign]
         if start == "established":
             ready(self.world)
         elif start == "booted":
@@ -207,17 +209,17 @@ class Mirror:
 
     def partition(self) -> None:
         """No link, and none can be made."""
-        self.world.partitioned = True
-        self.world.cut_all()
+        self.world.network.partitioned = True
+        self.world.network.cut_all()
         self.run(lambda: all(n.resource is None or not self.connection(n).connected for n in (self.alpha, self.beta)))
 
     def heal(self) -> None:
         """Links can be made again."""
-        self.world.partitioned = False
+        self.world.network.partitioned = False
 
     def cut(self) -> None:
         """Reset the link; it comes back by itself."""
-        self.world.cut_all()
+        self.world.network.cut_all()
         self.pause(50 * MS)
 
     def stall(self, sender: Node, *, stalled: bool = True) -> None:
@@ -226,9 +228,9 @@ class Mirror:
         for kept in [kept for kept in self._kept if kept[0].ends[kept[1]].node == sender.id]:
             self._kept.remove(kept)
             self._transmit(*kept)
-        link = self.world.links[-1]
+        link = self.world.network.links[-1]
         side = 0 if link.ends[0].node == sender.id else 1
-        self.world.stall(link, side, stalled=stalled)
+        self.world.network.stall(link, side, stalled=stalled)
 
     def kill(self, node: Node) -> None:
         """kill -9."""
@@ -310,7 +312,7 @@ class Mirror:
 
     def sent(self, kind: Kind) -> int:
         """Frames of this kind so far, of both."""
-        return self.world.frames_sent.get(kind, 0)
+        return self.world.network.frames_sent.get(kind, 0)
 
     # --- what the cores ask for
 

@@ -13,7 +13,8 @@ from replicator.core.events import Io, LinkDown, LinkFrames, LinkUp
 from replicator.core.handshake_wire import Hello
 from replicator.core.wire import Frame, Kind
 from tests.sim.disk import Disk
-from tests.sim.world import MS, SECOND, Node
+from tests.sim.node import Node
+from tests.sim.world import MS, SECOND
 from tests.unit.mirror import MIB, Mirror
 
 HOUR = 3600 * SECOND
@@ -38,7 +39,7 @@ def tamper(m: Mirror, node: Node, **changes: object) -> None:
 
 def vanish(m: Mirror, node: Node) -> None:
     """The machine is gone without a word: the other one's link stays, as it believes."""
-    for link in m.world.links:
+    for link in m.world.network.links:
         link.alive = False
     node.die(power=False)
 
@@ -170,7 +171,7 @@ def test_two_fresh_disks_agree_on_the_smaller_size(smaller: int) -> None:
 
 def test_a_node_that_meets_itself_refuses() -> None:
     m = off()
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.restart(m.alpha)
     m.run(lambda: m.disk(m.alpha) == "Inconsistent")
     m.pause()
@@ -259,7 +260,7 @@ def test_a_silent_peer_is_noticed_by_pings() -> None:
     m = Mirror()
     m.stall(m.alpha)
     m.stall(m.beta)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.pause(11 * SECOND)
     assert m.state(m.alpha) == "Connected"
     m.pause(2 * SECOND)
@@ -363,7 +364,7 @@ def test_a_link_that_flaps_under_load_loses_nothing(times: int) -> None:
     for number in range(1, 40 * times):
         asked.append(m.ask(m.alpha, Io.WRITE, number % 50, value=number % 250 + 1))
         if number % 13 == 0:
-            m.world.cut_all()
+            m.world.network.cut_all()
         m.pause(50 * MS)
     assert all(m.wait(each).error == 0 for each in asked)
     m.establish()

@@ -10,7 +10,8 @@ import pytest
 from replicator.core.events import Io
 from replicator.core.generations import same
 from replicator.core.wire import Kind
-from tests.sim.world import MS, SECOND, Node
+from tests.sim.node import Node
+from tests.sim.world import MS, SECOND
 from tests.unit.mirror import MIB, Mirror, noise
 
 LONG = 1000 * SECOND
@@ -338,9 +339,9 @@ def test_a_disk_that_fails_in_the_middle_of_a_round_costs_no_link(victim: int, s
     hit = m.on_frame(Kind.VOLUME_STATE, lambda: m.world.after(0, lambda: m.lose_disk(node)), m.node(sender))
     m.run(lambda: bool(hit) and m.disk(node) == "Diskless")
     m.run(lambda: m.connection(m.alpha).connected and m.connection(m.beta).connected)
-    links = len(m.world.links)
+    links = len(m.world.network.links)
     m.pause(30 * SECOND)
-    assert len(m.world.links) == links and m.state(m.alpha) == m.state(m.beta) == "Connected"
+    assert len(m.world.network.links) == links and m.state(m.alpha) == m.state(m.beta) == "Connected"
     mend(m, node)
     m.establish()
 

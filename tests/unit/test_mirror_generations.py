@@ -147,7 +147,7 @@ def test_split_brain_that_met_a_primary_leaves_it_serving() -> None:
 def test_a_survivor_is_the_source_and_an_acknowledged_write_is_kept() -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
     m.write(m.alpha, 3, 7)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.power_cut(m.alpha)
     assert m.block(m.alpha, 3) == 0, "lost with its cache"
     m.run(lambda: m.superblock(m.beta).peers[0].survivor)
@@ -162,7 +162,7 @@ def test_a_survivor_is_the_source_and_an_acknowledged_write_is_kept() -> None:
 def test_a_survivor_that_was_restarted_is_still_the_source(how: str) -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
     m.write(m.alpha, 3, 7)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.power_cut(m.alpha)
     m.run(lambda: m.superblock(m.beta).peers[0].survivor)
     if how == "down":
@@ -179,7 +179,7 @@ def test_the_survivor_flag_is_not_set_before_what_it_promises_is_stable() -> Non
     for block in range(6):
         m.ask(m.alpha, Io.WRITE, block, value=7)
     m.pause(MS)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.power_cut(m.alpha)
     m.run(lambda: m.superblock(m.beta).peers[0].survivor)
     assert m.beta.disks[0].data.seen == m.beta.disks[0].data.stable
@@ -207,7 +207,7 @@ def test_a_crashed_primary_that_goes_on_alone_forks() -> None:
     m = Mirror(primary=0)
     m.write(m.alpha, 3, 7)
     before = m.superblock(m.alpha).current
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.kill(m.alpha)
     m.restart(m.alpha)
     m.run(lambda: m.disk(m.alpha) == "UpToDate")
@@ -218,7 +218,7 @@ def test_a_crashed_primary_that_goes_on_alone_forks() -> None:
 def test_a_crashed_primary_and_a_survivor_that_both_went_on_are_a_split_brain() -> None:
     m = Mirror(primary=0)
     m.write(m.alpha, 3, 7)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.kill(m.alpha)
     m.pause()
     m.done(m.beta, "primary")
@@ -314,7 +314,7 @@ def test_clear_bitmap_is_refused_for_copies_with_a_history() -> None:
 
 def test_clear_bitmap_is_refused_without_a_connection() -> None:
     m = Mirror(start="off")
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.restart(m.alpha)
     m.run(lambda: m.disk(m.alpha) == "Inconsistent")
     m.pause()
@@ -479,7 +479,7 @@ def test_a_write_acknowledged_under_protocol_a_that_never_left_is_not_undone_wit
 def test_a_write_the_peer_lost_in_a_power_cut_is_not_undone_without_a_split_brain(protocol: str) -> None:
     m = Mirror(primary=0, protocol=protocol, epoch_time_ns=LONG)
     m.write(m.alpha, 3, 7)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.power_cut(m.beta)
     m.run(lambda: not m.connection(m.alpha).connected)
     m.done(m.alpha, "secondary")

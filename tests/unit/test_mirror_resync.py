@@ -11,7 +11,8 @@ import pytest
 from replicator.core.events import Io
 from replicator.core.geometry import BLOCK
 from replicator.core.wire import Kind
-from tests.sim.world import MS, SECOND, Node
+from tests.sim.node import Node
+from tests.sim.world import MS, SECOND
 from tests.unit.mirror import MIB, Mirror, noise
 
 FRAMES = [
@@ -62,7 +63,7 @@ def test_bits_of_both_sides_are_merged() -> None:
     """beta crashed as Primary (its hot extent is dirty); alpha, the survivor, wrote alone."""
     m = Mirror(primary=1, size=12 * MIB, epoch_time_ns=1000 * SECOND)
     m.write(m.beta, 3, 7)
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.kill(m.beta)
     m.pause()
     m.done(m.alpha, "primary")
@@ -164,7 +165,7 @@ def test_a_target_without_power_is_durably_inconsistent_cannot_be_promoted_and_g
     m.heal()
     m.run(lambda: not m.beta.up)
     assert not m.superblock(m.beta).consistent
-    m.world.partitioned = True
+    m.world.network.partitioned = True
     m.restart(m.beta)
     m.run(lambda: m.disk(m.beta) == "Inconsistent")
     assert m.command(m.beta, "primary").number == -2
@@ -203,12 +204,12 @@ def test_a_source_that_writes_alone_in_between_is_followed_by_bitmap() -> None:
     m.cut_at(Kind.RESYNC_CONFIRM)
 
     def partition(_: int, kind: Kind) -> bool:
-        m.world.partitioned = m.world.partitioned or kind is Kind.RESYNC_CONFIRM
+        m.world.network.partitioned = m.world.network.partitioned or kind is Kind.RESYNC_CONFIRM
         return False
 
     m.hooks.append(partition)
     m.heal()
-    m.run(lambda: not m.connection(m.alpha).connected and m.world.partitioned)
+    m.run(lambda: not m.connection(m.alpha).connected and m.world.network.partitioned)
     m.write(m.alpha, 100, 9)
     before = copied(m, m.beta)
     m.heal()

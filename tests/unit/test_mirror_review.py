@@ -16,7 +16,8 @@ from replicator.core.generations import same
 from replicator.core.handshake_wire import VolumeState
 from replicator.core.states import Disk
 from replicator.core.wire import Frame, Kind
-from tests.sim.world import MS, SECOND, Node
+from tests.sim.node import Node
+from tests.sim.world import MS, SECOND
 from tests.unit.mirror import MIB, Mirror, noise
 
 LONG = 1000 * SECOND

@@ -350,8 +350,8 @@ def test_an_idle_mirror_does_not_spin(primary: int | None) -> None:
 
 def test_a_promotion_outlives_the_discovery_that_the_peer_is_silently_gone() -> None:
     m = Mirror()
-    m.world.partitioned = True
-    for link in m.world.links:
+    m.world.network.partitioned = True
+    for link in m.world.network.links:
         link.alive = False
     m.beta.die(power=False)
     m.done(m.alpha, "primary")
