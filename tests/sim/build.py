@@ -23,8 +23,7 @@ def two_nodes(seed: int = 0, *, size: int = 8 << 20, volumes: tuple[int, ...] = 
             volumes=volumes,
             listens_for=frozenset({1}) if node_id == 0 else frozenset(),
             matching=(("protocol", str(more.get("protocol", "C"))),),
-            connect_interval_ns=SECOND // 2,
-            **more,  # type: ignore[arg-type]
+            **{"connect_interval_ns": SECOND // 2, **more},  # type: ignore[arg-type]
         )
         disks = {
             number: Disk(size, node_id=node_id, volume=number, peers=[peer], resource_id=bytes([node_id + 1]) * 16)

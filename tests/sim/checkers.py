@@ -1,0 +1,437 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The invariants, one small class each; docs/simulation.md has the whole list and who checks what else.
+
+A checker looks (white box) and never acts.  It is told of what happens by the hooks of `Checker`; a violation is
+`Run.fail`.  The register checks (I-1..I-4, I-7, I-25, I-31: what a client may see) live in `oracle.py`, because reads
+feed them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from replicator.core import activity
+from replicator.core.actions import CommandDone, Notice
+from replicator.core.bitmap import Bitmap
+from replicator.core.geometry import (
+    ACTIVITY_BLOCKS,
+    ACTIVITY_OFFSET,
+    BLOCK,
+    EXTENT_BLOCKS,
+    PAGE,
+    SECTOR,
+    block_count,
+)
+from replicator.core.resync import SyncTarget
+from replicator.core.states import Disk as DiskState
+from replicator.core.states import Role
+from replicator.core.superblock import Superblock, choose
+from replicator.errors import FormatError
+from tests.sim.disk import Disk
+from tests.sim.node import Node
+from tests.sim.oracle import Issued
+
+if TYPE_CHECKING:
+    from tests.sim.run import Run
+
+
+class Checker:
+    """Hooks; the default is not to look."""
+
+    invariants: tuple[str, ...] = ()
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
+        """A write was answered; 0 is an acknowledgement."""
+
+    def moment(self) -> None:
+        """Now and then, and after each fault."""
+
+    def died(self, node: Node) -> None:
+        """A process is gone, its disks are as the crash left them."""
+
+    def answered(self, node: Node, verb: str, answer: CommandDone) -> None:
+        """An operator's command was answered."""
+
+    def noticed(self, node: Node, notice: Notice) -> None:
+        """The core reported something."""
+
+    def metadata(self, node: Node, volume: int) -> None:
+        """A metadata write is stable."""
+
+    def converged(self) -> None:
+        """The liveness phase ended and nothing is in flight."""
+
+
+# --- what is on a disk
+
+
+def read_superblock(disk: Disk) -> Superblock | None:
+    """What a node that starts now would use; None: it would refuse."""
+    fixed = disk.meta.stable[disk.fixed_base : disk.fixed_base + 2 * PAGE]
+    try:
+        return choose(bytes(fixed[:PAGE]), bytes(fixed[PAGE:])).superblock
+    except FormatError:
+        return None
+
+
+def marked_on_disk(disk: Disk, peer: int) -> tuple[Bitmap | None, frozenset[int]]:
+    """The dirty blocks (None: all) and hot extents that a restart would find."""
+    found = read_superblock(disk)
+    slot = None if found is None else found.slot_of(peer)
+    if found is None or slot is None or found.current == 4 or found.peers[slot].full_sync:
+        return None, frozenset()
+    at = disk.fixed_base + ACTIVITY_OFFSET
+    hot = activity.recover(bytes(disk.meta.stable[at : at + ACTIVITY_BLOCKS * PAGE]))
+    if hot.unknown:
+        return None, frozenset()
+    raw = _raw_slot(disk, slot)
+    return Bitmap.decode(raw, block_count(disk.size), slot)[0], frozenset(hot.extents)
+
+
+def _raw_slot(disk: Disk, slot: int) -> bytes:
+    from replicator.core.geometry import slot_offset
+
+    base = disk.fixed_base + slot_offset(slot, disk.slot_bytes)
+    return bytes(disk.meta.stable[base : base + disk.slot_bytes])
+
+
+class DifferenceIsKnown(Checker):
+    """Wherever the copies differ, one side knows: a bit, a hot extent, or an epoch that holds it hot."""
+
+    invariants = ("I-5", "I-11", "I-12", "I-17", "I-19")
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.different: dict[int, set[int]] = {number: set() for number in run.swarm.volumes}
+
+    def moment(self) -> None:
+        still = self.run.still()
+        for number in self.run.swarm.volumes:
+            different = self.compare(number)
+            if different:
+                self._check(number, different, still=still)
+
+    def died(self, node: Node) -> None:
+        for number in self.run.swarm.volumes:
+            different = self.compare(number)
+            if different:
+                self._check(number, different, still=False)
+
+    def compare(self, number: int) -> set[int]:
+        """Where the copies differ; looks only at what was touched since it looked last."""
+        first, second = (node.disks[number].data for node in self.run.world.nodes.values())
+        known = self.different[number]
+        for block in first.touched | second.touched:
+            part = slice(block * BLOCK, (block + 1) * BLOCK)
+            (known.discard if first.seen[part] == second.seen[part] else known.add)(block)
+        first.touched.clear()
+        second.touched.clear()
+        return known
+
+    def _check(self, number: int, different: Iterable[int], *, still: bool) -> None:
+        nodes = list(self.run.world.nodes.values())
+        marks = [self._marks(node, number, still=still) for node in nodes]
+        if None in marks:
+            return
+        for block in different:
+            if not any(
+                bitmap is not None and (bitmap.any_dirty(block, 1) or block // EXTENT_BLOCKS in hot)
+                for bitmap, hot in (mark for mark in marks if mark is not None)
+            ):
+                self.run.fail(self, f"volume {number} block {block} differs and nobody knows")
+
+    def _marks(self, node: Node, number: int, *, still: bool) -> tuple[Bitmap, frozenset[int]] | None:
+        """What this node knows; None: that everything may differ."""
+        peer = self.run.other(node).id
+        attached = node.resource.volumes[number].attached if node.resource is not None else None
+        if attached is None:
+            bitmap, hot = marked_on_disk(node.disks[number], peer)
+            return None if bitmap is None else (bitmap, hot)
+        found = attached.ledger.durable
+        slot = found.slot_of(peer)
+        if slot is None or found.current == 4 or found.peers[slot].full_sync:
+            return None
+        # (of a node that runs, the log on the disk counts as well: its own may be ahead of it)
+        _, durable = (None, frozenset[int]()) if still else marked_on_disk(node.disks[number], peer)
+        return attached.bitmaps[peer], frozenset() if still else durable
+
+
+class OneWriter(Checker):
+    """Two Primaries only after somebody promoted a copy that could not ask; never while they are connected."""
+
+    invariants = ("I-6",)
+
+    def moment(self) -> None:
+        primaries = self.run.primaries()
+        if len(primaries) < 2:
+            return
+        if len({id(self.run.branch_of[node.id]) for node in primaries}) < 2:
+            self.run.fail(self, "two Primaries on one history")
+        one, other = primaries
+        for here, there in ((one, other), (other, one)):
+            assert here.resource is not None
+            connection = here.resource.connections[there.id]
+            if (
+                connection.connected
+                and connection.settled
+                and any(
+                    replica.replicating
+                    for volume in here.resource.volumes.values()
+                    for replica in volume.replicas.values()
+                )
+            ):
+                self.run.fail(self, "two Primaries replicate to each other")
+
+    def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
+        if error == 0 and (node.resource is None or node.resource.roles.role is not Role.PRIMARY):
+            self.run.fail(self, f"write {write.number} was acknowledged by a node that is not Primary")
+
+
+class NothingAfterDemotion(Checker):
+    """`secondary` and `down` are answered when nothing is in flight."""
+
+    invariants = ("I-6", "I-27")
+
+    def answered(self, node: Node, verb: str, answer: CommandDone) -> None:
+        if verb != "secondary" or not answer.ok or node.resource is None:
+            return
+        waiting = list(node.replies)
+        if waiting and node.resource.roles.role is not Role.PRIMARY:
+            self.run.fail(self, f"demoted with {len(waiting)} requests unanswered")
+
+
+class GoodDataForPromotion(Checker):
+    """Without force only UpToDate data is promoted, and what it claims is stable before the answer."""
+
+    invariants = ("I-8", "I-16")
+
+    def answered(self, node: Node, verb: str, answer: CommandDone) -> None:
+        if verb not in ("primary", "primary --force") or not answer.ok or node.resource is None:
+            return
+        for number, volume in node.resource.volumes.items():
+            good = volume.disk is DiskState.UP_TO_DATE or any(r.has_good_data for r in volume.replicas.values())
+            if not good:
+                self.run.fail(self, f"volume {number} is {volume.disk.word} on a promoted node, and no peer is better")
+            found = read_superblock(node.disks[number])
+            if volume.serving and volume.attached is not None and (found is None or not found.primary_indicator):
+                self.run.fail(self, f"volume {number} of a Primary has no stable PrimaryIndicator")
+
+
+class NoDataNoWrite(Checker):
+    """A write is acknowledged only where UpToDate data is within reach, and fails as EIO or EPERM."""
+
+    invariants = ("I-10",)
+
+    def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
+        if error not in (0, errno.EIO, errno.EPERM):
+            self.run.fail(self, f"write {write.number} ended with errno {error}")
+
+
+class GenerationBeforeAck(Checker):
+    """Before a write that the peer lacks is acknowledged, a generation that the peer has not is stable here."""
+
+    invariants = ("I-15", "I-16")
+
+    def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
+        if error or node.resource is None:
+            return
+        here = node.resource.volumes[volume]
+        first, last = write.first * SECTOR // BLOCK, ((write.first + write.count) * SECTOR - 1) // BLOCK
+        lacking = self.run.checker(DifferenceIsKnown).compare(volume).intersection(range(first, last + 1))
+        for peer, replica in here.replicas.items():
+            if replica.replicating or here.attached is None or replica.link is not None or not lacking:
+                continue
+            mine, theirs = (
+                read_superblock(node.disks[volume]),
+                read_superblock(self.run.world.nodes[peer].disks[volume]),
+            )
+            if mine is None or theirs is None or theirs.current == 4:
+                continue
+            if mine.current | 1 == theirs.current | 1 and not (theirs.outdated or not theirs.consistent):
+                self.run.fail(
+                    self,
+                    f"write {write.number} was acknowledged alone, and both copies are of generation {mine.current:x}",
+                )
+
+
+class TargetIsMarked(Checker):
+    """A copy that is being overwritten is Inconsistent on its disk, from before the first block to after the last."""
+
+    invariants = ("I-16", "I-21")
+
+    def moment(self) -> None:
+        for node in self.run.world.nodes.values():
+            if node.resource is None:
+                continue
+            for number, volume in node.resource.volumes.items():
+                for peer, replica in volume.replicas.items():
+                    if isinstance(replica.steps.sync, SyncTarget) and volume.dirty_count(peer):
+                        self._check(node, number)
+
+    def _check(self, node: Node, number: int) -> None:
+        found = read_superblock(node.disks[number])
+        if found is not None and found.consistent:
+            self.run.fail(self, f"volume {number} is being overwritten, and its superblock says Consistent")
+
+
+class NeverBackwards(Checker):
+    """A copy is overwritten only by one that has all that was acknowledged in its history."""
+
+    invariants = ("I-4", "I-9", "I-13", "I-14")
+
+    def noticed(self, node: Node, notice: Notice) -> None:
+        if notice.code != "sync-decision" or notice.fields["outcome"] != "target":
+            return
+        run, number = self.run, notice.fields["volume"]
+        source = run.other(node)
+        mine, theirs = run.branch_of[node.id], run.branch_of[source.id]
+        if mine is theirs:
+            run.refresh_authority()
+            holding = mine.holding[number]
+            if node.id in holding and source.id not in holding:
+                run.fail(self, f"volume {number}: {notice.fields['rule']}: a copy with everything is to be overwritten")
+        elif not theirs.has_all_of(mine) and not run.is_stale(node):
+            run.fail(self, f"volume {number}: {notice.fields['rule']}: an acknowledged history is dropped silently")
+
+
+class MirroredDecisions(Checker):
+    """Both nodes come to mirrored results; equal generations with dirty bits are never "no sync"."""
+
+    invariants = ("I-13", "I-20")
+
+    def moment(self) -> None:
+        nodes = [node for node in self.run.world.nodes.values() if node.resource is not None]
+        if len(nodes) < 2 or not self.run.still():
+            return
+        one, other = (node.resource for node in nodes)
+        assert one is not None and other is not None
+        for number in self.run.swarm.volumes:
+            here, there = (
+                r.volumes[number].replicas[self.run.other(n).id] for r, n in ((one, nodes[0]), (other, nodes[1]))
+            )
+            if not (here.carried_out and there.carried_out and here.decision and there.decision):
+                continue
+            if here.link is None or there.link is None or here._round != there._round:
+                continue
+            if here.decision.outcome is not there.decision.outcome.mirrored:
+                self.run.fail(self, f"volume {number}: {here.decision} here, {there.decision} there")
+
+
+class SequencesGrow(Checker):
+    """The superblock's sequence on a disk never goes back; a valid copy stays valid while the other is written."""
+
+    invariants = ("I-28", "monotonic")
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.newest: dict[tuple[int, int], int] = {}
+
+    def metadata(self, node: Node, volume: int) -> None:
+        disk = node.disks[volume]
+        fixed = bytes(disk.meta.stable[disk.fixed_base : disk.fixed_base + 2 * PAGE])
+        try:
+            sequence = choose(fixed[:PAGE], fixed[PAGE:]).sequence
+        except FormatError as error:
+            self.run.fail(self, f"node {node.id} volume {volume} wrote metadata that cannot be used: {error}")
+        key = node.id, volume
+        if sequence < self.newest.get(key, 0):
+            self.run.fail(self, f"superblock sequence {sequence} after {self.newest[key]}")
+        self.newest[key] = sequence
+
+    def forget(self, node: Node) -> None:
+        """Its metadata was made anew."""
+        for number in node.disks:
+            self.newest.pop((node.id, number), None)
+
+
+class AttachAfterCrash(Checker):
+    """After any crash a disk attaches without manual action, unless it was broken on purpose."""
+
+    invariants = ("I-17",)
+
+    def noticed(self, node: Node, notice: Notice) -> None:
+        if notice.code != "attach-failed":
+            return
+        disk = node.disks[notice.fields["volume"]]
+        if not disk.broken and not disk.fail_meta and not disk.fail_flush and node.id not in self.run.rotten:
+            self.run.fail(self, f"attach was refused: {notice.fields}")
+
+
+class EqualOnceQuiet(Checker):
+    """UpToDate copies are byte for byte equal once nothing is in flight, and nobody thinks otherwise."""
+
+    invariants = ("I-20", "I-21", "I-25", "I-26")
+
+    def moment(self) -> None:
+        if self.run.still() and self.run.established():
+            self._compare()
+
+    def converged(self) -> None:
+        self._compare()
+        for number in self.run.swarm.volumes:
+            first, second = (node.disks[number].data.seen for node in self.run.world.nodes.values())
+            if first != second:
+                at = next(i for i in range(len(first)) if first[i] != second[i])
+                self.run.fail(self, f"volume {number}: copies differ at byte {at}, block {at // BLOCK}")
+
+    def _compare(self) -> None:
+        different = self.run.checker(DifferenceIsKnown)
+        for number in self.run.swarm.volumes:
+            wrong = different.compare(number)
+            if wrong:
+                self.run.fail(self, f"volume {number}: both are UpToDate, and block {min(wrong)} differs")
+            for node in self.run.world.nodes.values():
+                assert node.resource is not None
+                if node.resource.volumes[number].dirty_count(self.run.other(node).id):
+                    self.run.fail(self, f"volume {number}: established, and node {node.id} still has dirty bits")
+
+
+class PromisedIsThere(Checker):
+    """At the end the copies show what was acknowledged, and FLUSHed data after the power cuts of the run."""
+
+    invariants = ("I-1", "I-2", "I-3", "I-7")
+
+    def converged(self) -> None:
+        for branch in {id(branch): branch for branch in self.run.branch_of.values()}.values():
+            for number, oracle in branch.oracles.items():
+                seen = self.run.world.nodes[min(branch.nodes)].disks[number].data.seen
+                for sector in sorted(oracle.possible):
+                    fault = oracle.wrong(sector, seen[sector * SECTOR : (sector + 1) * SECTOR])
+                    if fault is not None:
+                        self.run.fail(self, f"volume {number}: {fault}")
+
+
+class NoBusyLoop(Checker):
+    """A node whose clock runs asks for a tick that is ahead, and its clock is its own."""
+
+    invariants = ("I-30",)
+
+    def moment(self) -> None:
+        for node in self.run.world.nodes.values():
+            if node.resource is not None and not node.stopped:
+                deadline = node.resource.deadline
+                if deadline is not None and deadline > node.now + 3600 * 1_000_000_000:
+                    self.run.fail(self, f"node {node.id} waits an hour for its next tick")
+
+
+CHECKERS: tuple[type[Checker], ...] = (
+    DifferenceIsKnown,
+    OneWriter,
+    NothingAfterDemotion,
+    GoodDataForPromotion,
+    NoDataNoWrite,
+    GenerationBeforeAck,
+    TargetIsMarked,
+    NeverBackwards,
+    MirroredDecisions,
+    SequencesGrow,
+    AttachAfterCrash,
+    EqualOnceQuiet,
+    PromisedIsThere,
+    NoBusyLoop,
+)

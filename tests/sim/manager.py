@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cluster manager and the operator: who is promoted, fenced, started again; and what ends a split brain.
+
+The manager promotes only a node that holds all that was acknowledged (it stands for a fencing constraint that is in
+place before a node goes on alone); `unwise` faults are operators who overrule it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from replicator.core.actions import CommandDone, Notice
+from replicator.core.events import ClientOpened
+from tests.sim.checkers import DifferenceIsKnown, SequencesGrow, read_superblock
+from tests.sim.node import Node
+from tests.sim.world import MS, SECOND
+
+if TYPE_CHECKING:
+    from tests.sim.run import Run
+
+TICK_NS = 10 * MS
+
+
+class Manager:
+    """Everything that is done on purpose."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.promoting: set[int] = set()
+        self.given_up: set[int] = set()  # nodes whose data the operator threw away
+        self.away: set[int] = set()  # nodes that come back only in the liveness phase
+        self.prefer: int | None = None
+        self.target: Node | None = None
+        self._currents: dict[tuple[int, int], int] = {}
+
+    # --- as time goes by
+
+    def tick(self) -> None:
+        """Keep one Primary on a node with all the data."""
+        run = self.run
+        if run.over:
+            return
+        self.merge()
+        run.refresh_authority()
+        run.look()
+        if not run.primaries() and not self.promoting:
+            nodes = [node for node in run.world.nodes.values() if self._may_lead(node)]
+            if nodes:
+                chosen = [node for node in nodes if node.id == self.prefer]
+                self.promote((chosen or nodes)[run.rng.randrange(len(chosen or nodes))])
+        run.world.after(TICK_NS, self.tick)
+
+    def _may_lead(self, node: Node) -> bool:
+        return node.up and not node.stopped and node.id in self.run.branch_of[node.id].authority
+
+    def ask(self, node: Node, verb: str, **args: object) -> None:
+        """A command, with the checkers looking at the answer."""
+        life = node.life
+
+        def done(answer: CommandDone) -> None:
+            if node.life == life:
+                for checker in self.run.checkers:
+                    checker.answered(node, verb, answer)
+
+        node.command(verb, done, **args)
+
+    def promote(self, node: Node, *, force: bool = False, unwise: bool = False) -> None:
+        """Ask a node to be Primary.  `unwise`: whether or not it has everything."""
+        run, life = self.run, node.life
+        self.promoting.add(node.id)
+        self.prefer = None
+
+        def done(answer: CommandDone) -> None:
+            self.promoting.discard(node.id)
+            for checker in run.checkers:
+                checker.answered(node, "primary --force" if force else "primary", answer)
+            if answer.ok:
+                if unwise and not (node.id in run.branch_of[node.id].authority and len(run.primaries()) == 1):
+                    run.fork(node)
+                if force:
+                    run.sometimes("forced promotion")
+                node.opened += 1
+                node.step(ClientOpened(0, 0, True, "the workload"))
+
+        node.command("primary", done, force=force)
+
+        def died() -> None:
+            if node.life != life:
+                self.promoting.discard(node.id)
+            elif node.id in self.promoting:
+                run.world.after(20 * MS, died)
+
+        run.world.after(20 * MS, died)
+
+    def noticed(self, node: Node, notice: Notice) -> None:
+        """Remember who was a target."""
+        if notice.code == "sync-decision" and notice.fields["outcome"] == "target":
+            self.target = node
+
+    def metadata(self, node: Node, volume: int) -> None:
+        """A Primary with a generation that its peer has not on its disk has gone on alone: nobody else may lead."""
+        run = self.run
+        found, other = read_superblock(node.disks[volume]), read_superblock(run.other(node).disks[volume])
+        if found is None or found.current == self._currents.get((node.id, volume)):
+            return
+        self._currents[node.id, volume] = found.current
+        leads = node in run.primaries() or node.id in self.promoting
+        if leads and other is not None and other.current | 1 != found.current | 1:
+            branch = run.branch_of[node.id]
+            if node.id in branch.holding[volume]:
+                branch.lies_on(volume, {node.id})
+
+    def merge(self) -> None:
+        """Whoever was the target of the last resync has the source's history now."""
+        run = self.run
+        if self.target is not None and run.established():
+            run.joins(self.target, run.other(self.target))
+            self.given_up.discard(self.target.id)
+            self.target = None
+
+    # --- what dies
+
+    def die(self, *nodes: Node, power: bool) -> None:
+        """Kill processes or cut the power, at one moment; what the oracle may then expect."""
+        run = self.run
+        nodes = tuple(node for node in nodes if node.up)
+        together = len(nodes) > 1
+        for node in nodes:
+            run.watch.dies(node, power=power, together=together)
+        for node in nodes:
+            self._expect(node, power=power, together=together)
+        if power and together:
+            for branch in {id(branch): branch for branch in run.branch_of.values()}.values():
+                for number in branch.oracles:
+                    branch.all_lost_power(number)
+        for node in nodes:
+            was_primary = node in run.primaries()
+            cuts = node.die(power=power)
+            if any(cut.torn for cut in cuts):
+                run.sometimes("a write was torn")
+            self.promoting.discard(node.id)
+            if was_primary:
+                for oracle in run.branch_of[node.id].oracles.values():
+                    oracle.died()
+        for node in nodes:
+            run.died(node)
+
+    def _expect(self, node: Node, *, power: bool, together: bool) -> None:
+        run = self.run
+        branch = run.branch_of[node.id]
+        if run.swarm.protocol == "B" and node not in run.primaries():
+            for number in branch.holding:
+                branch.loses(node.id, number)  # it may have acknowledged what it received and did not write
+        if power and not together:
+            for number in branch.holding:
+                if branch.lost_power(node.id, number):
+                    run.sometimes("last good copy lost power")
+
+    def boot(self, node: Node) -> None:
+        """Start it, if it is off and not away; its clock counts from anywhere."""
+        if not node.up and node.id not in self.away:
+            node.boot(ahead_ns=self.run.rng.randrange(1 << 50))
+
+    def boot_later(self, node: Node, share: float) -> None:
+        """Within half a second."""
+        self.run.world.after(int(share * share * SECOND / 2), lambda: self.boot(node))
+
+    def replace_disk(self, node: Node) -> None:
+        """The operator throws this copy away: fresh metadata, as after `create-md --force`."""
+        assert not node.up
+        run = self.run
+        for disk in node.disks.values():
+            disk.create_md(bytes([0x70 + node.id]) * 16)
+        run.checker(SequencesGrow).forget(node)
+        self.given_up.add(node.id)
+        run.rotten.discard(node.id)
+        run.loses(node)
+        run.sometimes("disk replaced")
+
+    # --- the liveness phase
+
+    def heal(self) -> None:
+        """No fault is left, and everything is switched on."""
+        run = self.run
+        run.world.trace(9, "liveness phase")
+        run.world.network.heal()
+        run.traps.clear()
+        if self.away:
+            run.sometimes("stale node came back")
+        self.away.clear()
+        for node in run.world.nodes.values():
+            for disk in node.disks.values():
+                disk.mend()
+            if node.stopped:
+                node.go_on()
+            self.boot(node)
+            if not run.still_one() and node in run.primaries():
+                self.ask(node, "secondary", force=True)  # or the would-be target is a Primary: a conflict for ever
+        self._nudge()
+
+    def _nudge(self) -> None:
+        """What an operator types until all is well; never anything that gives data up."""
+        run = self.run
+        if run.over:
+            return
+        for node in run.world.nodes.values():
+            self._repair(node)
+            if node.up:
+                for verb in ("attach", "connect", "resume-sync"):
+                    node.command(verb, lambda _: None)
+        run.world.after(300 * MS, self._nudge)
+
+    def _repair(self, node: Node) -> None:
+        """Metadata that was rotten and refused is recreated, when the other copy has everything."""
+        run = self.run
+        resource = node.resource
+        if resource is None or node.id not in run.rotten:
+            return
+        if run.other(node).id not in run.branch_of[node.id].authority:
+            return
+        if any(volume.error and volume.attached is None for volume in resource.volumes.values()):
+            run.sometimes("attach refused")
+            self.die(node, power=False)
+            self.replace_disk(node)
+            self.boot(node)
+
+    def split(self) -> bool:
+        """Both sides know that they went different ways, and neither does anything about it."""
+        run = self.run
+        if run.still_one():
+            return False
+        return all(
+            node.resource is not None
+            and any(reason["code"] == "split-brain" for reason in node.resource.status()["reasons"])  # type: ignore[attr-defined]
+            for node in run.world.nodes.values()
+        )
+
+    def give_one_up(self) -> None:
+        """The operator decides whose data counts, as `status` tells to."""
+        run = self.run
+        run.sometimes("both went on alone")
+        run.world.run(limit=SECOND)
+        if not self.split():
+            run.fail("SplitBrainStays", "a split brain went away by itself")
+        for branch in run.branch_of.values():
+            node = run.world.nodes[min(branch.nodes)]
+            for number, oracle in branch.oracles.items():
+                for sector in oracle.possible:
+                    fault = oracle.wrong(sector, node.disks[number].data.seen[sector * 512 : (sector + 1) * 512])
+                    if fault is not None:
+                        run.fail("SplitBrainStays", f"node {node.id} volume {number}: {fault}")
+        loser = run.world.nodes[run.rng.randrange(2)]
+        run.world.trace(9, f"node {loser.id} is given up")
+        self.die(loser, power=False)
+        run.joins(loser, run.other(loser))
+        self.replace_disk(loser)
+        run.checker(DifferenceIsKnown).compare(0)
+        self.boot(loser)
