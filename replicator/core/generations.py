@@ -123,8 +123,12 @@ def _crashed(a: Side, b: Side) -> bool:
     return _equal(a, b) and a.crashed_primary and not b.crashed_primary
 
 
+def _crashed_both(a: Side, b: Side) -> bool:
+    return _equal(a, b) and a.crashed_primary and b.crashed_primary
+
+
 def _fork_point(a: Side, b: Side) -> bool:
-    return a.bitmap_id != UNSET and same(a.bitmap_id, b.bitmap_id)
+    return not same(a.bitmap_id, UNSET) and same(a.bitmap_id, b.bitmap_id)
 
 
 def rules(survivors_count: bool) -> tuple[Rule, ...]:
@@ -161,8 +165,14 @@ def rules(survivors_count: bool) -> tuple[Rule, ...]:
         ),
         Rule("survivor", lambda a, b: _crashed(b, a), Outcome.SOURCE),
         Rule(
+            # Both crashed, and one had led without the other: what its clients saw counts, also under A.
+            "crashed-last",
+            lambda a, b: _crashed_both(a, b) and a.survived and not b.survived,
+            Outcome.SOURCE,
+        ),
+        Rule(
             "crashed-both",
-            lambda a, b: _equal(a, b) and a.crashed_primary and b.crashed_primary and a.node_id < b.node_id,
+            lambda a, b: _crashed_both(a, b) and a.node_id < b.node_id,
             Outcome.SOURCE,
         ),
         Rule("bits", lambda a, b: _equal(a, b) and a.dirty and not b.dirty, Outcome.SOURCE),
@@ -172,7 +182,7 @@ def rules(survivors_count: bool) -> tuple[Rule, ...]:
             Outcome.SOURCE,
         ),
         Rule("equal", _equal, Outcome.NONE),
-        Rule("bitmap", lambda a, b: a.bitmap_id != UNSET and same(a.bitmap_id, b.current), Outcome.SOURCE),
+        Rule("bitmap", lambda a, b: not same(a.bitmap_id, UNSET) and same(a.bitmap_id, b.current), Outcome.SOURCE),
         Rule(
             "history",
             lambda a, b: a.remembers(b.current) and not b.remembers(a.current),
@@ -200,13 +210,12 @@ def decide(ours: Side, theirs: Side, *, survivors_count: bool) -> Decision:
             return _checked(ours, theirs, Decision(rule.outcome, f"{rule.name}-self", rule.full))
         if backward:
             return _checked(ours, theirs, Decision(rule.outcome.mirrored, f"{rule.name}-peer", rule.full))
-    raise AssertionError("the last rule always holds")
+    raise AssertionError("the last rule always holds")  # pragma: no cover - for mypy, which cannot see that
 
 
 def _checked(ours: Side, theirs: Side, decision: Decision) -> Decision:
     """A source must be good data; a Primary is not overwritten under its clients (rr-conflict disconnect)."""
-    if decision.outcome not in (Outcome.SOURCE, Outcome.TARGET):
-        return decision
+    assert decision.outcome in (Outcome.SOURCE, Outcome.TARGET), f"{decision.rule} holds one way round only"
     source, target = (ours, theirs) if decision.outcome is Outcome.SOURCE else (theirs, ours)
     if source.inconsistent:
         if target.inconsistent or target.just_created:

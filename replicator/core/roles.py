@@ -55,7 +55,7 @@ class Roles:
         self._deadline = 0
         self._probed = False
         self._patience = 0  # until then "the peer is Primary" may be old news: it may just have been demoted or lost
-        self._asking: set[int] = set()  # peers whose answer is awaited
+        self._asking: dict[int, int] = {}  # peer -> sequence of the request whose answer is awaited
         self._grants: dict[int, int] = {}  # peer -> link that granted
         self._waiting: set[int] = set()  # volumes whose durable step is awaited
         self._after: Callable[[], None] = lambda: None
@@ -92,10 +92,10 @@ class Roles:
 
     def promote(self, finish: Callable[[Refusal | None], None], *, force: bool) -> None:
         """Become Primary; `finish(None)` when done, `finish(refusal)` when not."""
-        if self.role is Role.PRIMARY:
-            finish(None)
-        elif self.busy:
+        if self.busy:
             finish(in_transition())
+        elif self.role is Role.PRIMARY:
+            finish(None)
         else:
             self._force = force
             self._begin("promotion", self._promotion_step, finish)
@@ -162,11 +162,11 @@ class Roles:
         """Ask every connected peer that has not granted on its present link; True while an answer is missing."""
         for peer, connection in self._resource.connections.items():
             if connection.link is None:
-                self._asking.discard(peer)
+                self._asking.pop(peer, None)
             elif self._grants.get(peer) != connection.link and peer not in self._asking:
-                self._asking.add(peer)
                 connection.probe()
-                connection.send(Frame(Kind.ROLE_REQUEST, sequence=connection.next_sequence()))
+                self._asking[peer] = sequence = connection.next_sequence()
+                connection.send(Frame(Kind.ROLE_REQUEST, sequence=sequence))
         return bool(self._asking)
 
     def _abort(self, refusal: Refusal) -> None:
@@ -183,7 +183,10 @@ class Roles:
     def _write_indicator(self) -> None:
         """Durable step: PrimaryIndicator, with whatever the promotion changes in the lineage."""
         attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
-        self._wait_for({volume.number for volume in attached}, self._become_primary)
+        # A link may have come and gone meanwhile: what its Primary wrote has to be over.
+        self._wait_for(
+            {volume.number for volume in attached}, lambda: self._resource.when_quiet(self._become_primary)
+        )
         for volume in attached:
             trusted = (
                 self._force
@@ -251,11 +254,11 @@ class Roles:
 
     def demote(self, finish: Callable[[Refusal | None], None], *, force: bool) -> None:
         """Become Secondary; refused while clients hold the device, unless `force` cuts them off."""
-        if self.role is Role.SECONDARY:
-            finish(None)
-            return
         if self.busy:
             finish(in_transition())
+            return
+        if self.role is Role.SECONDARY:
+            finish(None)
             return
         refusal = openers_refusal(self._resource.openers())
         if refusal is not None and not force:
@@ -315,9 +318,9 @@ class Roles:
     def answered(self, connection: Connection, frame: Frame) -> str | None:
         """ROLE_REPLY."""
         answer = unpack_role_reply(frame.payload)
-        if connection.peer not in self._asking:
-            return None if self.busy == "" else "ROLE_REPLY without a request"
-        self._asking.discard(connection.peer)
+        if self._asking.get(connection.peer) != frame.sequence:
+            return None  # the promotion that asked is over
+        del self._asking[connection.peer]
         if answer is RoleAnswer.GRANTED:
             assert connection.link is not None
             self._grants[connection.peer] = connection.link
@@ -345,7 +348,7 @@ class Roles:
         """The link is gone: a grant ends, an answer will not come."""
         if self.granted_to is connection:
             self.granted_to = None
-        self._asking.discard(connection.peer)
+        self._asking.pop(connection.peer, None)
         self._grants.pop(connection.peer, None)
 
     def peer_leaves(self, connection: Connection) -> None:
@@ -368,6 +371,10 @@ def promoted(found: Superblock, volume: Volume, fresh: int, *, trusted: bool) ->
     A copy declared good by force begins a generation of its own.  If it was Inconsistent, the id it was being made into
     is dropped from its lineage: the copy that really has that generation must meet it as a stranger or as split brain,
     never as an ancestor.  A crashed Primary that goes on while bits towards an absent peer are dirty forks at once.
+
+    Whoever leads without its peer is a survivor of it (decision 0007): what its clients read is not taken back by a
+    peer that has something older after a crash of both (I-31).  A fork would say so too, but it would make a split brain
+    of a promotion that a Primary who comes back forbids at the last moment.
     """
     if trusted and not found.consistent:
         unknown = found.current
@@ -379,12 +386,13 @@ def promoted(found: Superblock, volume: Volume, fresh: int, *, trusted: bool) ->
         lone = [
             peer
             for peer, replica in volume.replicas.items()
-            if not replica.replicating
-            and found.peers[slot_index(found, peer)].bitmap_id == UNSET
-            and (trusted or volume.dirty_count(peer))
+            if not replica.replicating and found.peers[slot_index(found, peer)].bitmap_id == UNSET
         ]
-        if lone and not same(found.current, JUST_CREATED):
-            for peer in lone:
+        changed = [peer for peer in lone if trusted or volume.dirty_count(peer)]
+        for peer in lone:
+            found = with_slot(found, peer, survivor=True)
+        if changed and not same(found.current, JUST_CREATED):
+            for peer in changed:
                 found = with_slot(found, peer, bitmap_id=found.current)
             found = replace(found, current=fresh)
     if trusted:

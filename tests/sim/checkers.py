@@ -200,9 +200,9 @@ class NothingAfterDemotion(Checker):
     def answered(self, node: Node, verb: str, answer: CommandDone) -> None:
         if verb != "secondary" or not answer.ok or node.resource is None:
             return
-        waiting = list(node.replies)
+        waiting = node.writes
         if waiting and node.resource.roles.role is not Role.PRIMARY:
-            self.run.fail(self, f"demoted with {len(waiting)} requests unanswered")
+            self.run.fail(self, f"demoted with {len(waiting)} writes unanswered")
 
 
 class GoodDataForPromotion(Checker):

@@ -93,7 +93,15 @@ class Manager:
         run.world.after(20 * MS, died)
 
     def noticed(self, node: Node, notice: Notice) -> None:
-        """Remember who was a target."""
+        """Remember who was a target; one that has every block, stable, holds what the source held."""
+        run = self.run
+        if notice.code == "resync-finished" and "blocks" in notice.fields and run.swarm.protocol != "A":
+            source, branch = run.other(node), run.branch_of[node.id]
+            if source.id in branch.holding[notice.fields["volume"]]:
+                branch.caught_up(notice.fields["volume"], {node.id})
+        if notice.code == "role" and notice.fields["role"] == "Secondary":
+            for oracle in run.branch_of[node.id].oracles.values():
+                oracle.died()  # clients that were cut off heard no answer; nothing is written later
         if notice.code == "sync-decision" and notice.fields["outcome"] == "target":
             self.target = node
 

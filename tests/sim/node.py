@@ -35,6 +35,8 @@ class Node:
         self.answers: dict[int, act.CommandDone] = {}
         self.handlers: dict[int, Callable[[act.CommandDone], object]] = {}
         self.replies: dict[int, Callable[[act.Reply], None]] = {}
+        self.writes: set[int] = set()  # tokens of `replies` that change something
+        self.cuts = 0  # how often its clients were cut off
         self.notices: list[act.Notice] = []
         self.in_flight: dict[int, tuple[Disk, Callable[[], None]]] = {}
         self.closing: dict[int, int] = {}
@@ -78,6 +80,8 @@ class Node:
         """A client's request on volume 0 unless `volume` is given."""
         token = next(self.world.serial)
         self.replies[token] = then
+        if io not in (ev.Io.READ, ev.Io.FLUSH):
+            self.writes.add(token)
         volume = more.pop("volume", 0)
         self.step(ev.ClientRequest(volume, token, io, offset, size, **more))  # type: ignore[arg-type]
 
@@ -112,6 +116,15 @@ class Node:
         if life == self.life and self._tick_at == due:
             self._tick_at = None
             self.step(ev.Tick())
+
+    def cut_clients(self, a: act.CutClients) -> None:
+        """Their requests go on, but nobody hears the answers."""
+        self.cuts += 1
+        for token in self.replies:
+            self.replies[token] = lambda _: None
+        for client in range(self.opened):
+            self.world.after(1, partial(self.step, ev.ClientClosed(a.volume, client)))
+        self.opened = 0
 
     def stop(self) -> None:
         """SIGSTOP: nothing that happens is seen until `go_on`."""
@@ -149,6 +162,7 @@ class Node:
                 apply()
         self.in_flight.clear()
         self.replies.clear()
+        self.writes.clear()
         self.handlers.clear()
         self.closing.clear()
         for disk in self.disks.values():

@@ -129,12 +129,13 @@ class Run:
 
     def refresh_authority(self) -> None:
         """Copies that caught up count again."""
-        for node in self.primaries():
+        primaries = self.primaries()
+        for node in primaries:
             if self.caught_up(node):
                 branch = self.branch_of[node.id]
                 for number in branch.holding:
                     branch.caught_up(number, self.holders(node, number))
-        if self.established():
+        if not primaries and self.established():
             for branch in self.branch_of.values():
                 for number in branch.holding:
                     branch.caught_up(number, branch.nodes)
@@ -203,7 +204,7 @@ class Run:
             self.world.after(5 * MS, lambda: self._ask(who, at))
             return
         node, op = found[who % len(found)], self.tape.clients[who][at]
-        life, answered = node.life, False
+        session, answered = (node.life, node.cuts), False
 
         def then() -> None:
             nonlocal answered
@@ -211,9 +212,9 @@ class Run:
             answered = True
             self.client(who, at + 1)
 
-        def gone() -> None:  # a client whose server died tries its next request elsewhere
+        def gone() -> None:  # a client that lost its server tries its next request elsewhere
             if not answered:
-                if node.life != life:
+                if (node.life, node.cuts) != session:
                     then()
                 else:
                     self.world.after(20 * MS, gone)

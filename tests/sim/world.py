@@ -12,10 +12,8 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from replicator.core import actions as act
-from replicator.core import events as ev
 from replicator.core.options import Options
 from tests.sim.disk import Disk
 from tests.sim.network import Network
@@ -63,7 +61,7 @@ class World:
             act.Reply: self._reply,
             act.CommandDone: self._command_done,
             act.Notice: self._notice,
-            act.CutClients: self._cut_clients,
+            act.CutClients: Node.cut_clients,
             act.Dial: lambda node, a: self.network.dial(node, a.peer),
             act.Send: self._send,
             act.CloseLink: self.network.close,
@@ -140,6 +138,7 @@ class World:
 
     @staticmethod
     def _reply(node: Node, a: act.Reply) -> None:
+        node.writes.discard(a.token)
         node.replies.pop(a.token)(a)
 
     def _command_done(self, node: Node, a: act.CommandDone) -> None:
@@ -154,8 +153,3 @@ class World:
         if self.noticed is not None:
             self.noticed(node, a)
         self.lines.append(f"{self.now / MS:12.3f} {node.id} {a.code} {a.fields}")
-
-    def _cut_clients(self, node: Node, a: act.CutClients) -> None:
-        for client in range(node.opened):
-            self.after(1, partial(node.step, ev.ClientClosed(a.volume, client)))
-        node.opened = 0
