@@ -52,7 +52,7 @@ class Side:
     dirty: bool  # has bits towards the other side
     full_sync: bool  # the bits towards the other side count as all set
     crashed_primary: bool
-    survived: bool  # durably: it held, stable, all that the other side had acknowledged when that was lost
+    survived: bool  # durably: it held all that the other side had acknowledged when that was lost, or led without it
     primary: bool
 
     @property
@@ -131,8 +131,8 @@ def _fork_point(a: Side, b: Side) -> bool:
     return not same(a.bitmap_id, UNSET) and same(a.bitmap_id, b.bitmap_id)
 
 
-def rules(survivors_count: bool) -> tuple[Rule, ...]:
-    """The rule table of decision 0001; `survivors_count` is true under protocols B and C.
+def rules() -> tuple[Rule, ...]:
+    """The rule table of decision 0001.
 
     Sources: DRBD's rules 1-3, 4, 6, 8-11, 13, 15-19 (its diskless and quorum rules have no place with two nodes),
     and its reconcile rules for equal ids with dirty bits.
@@ -158,9 +158,9 @@ def rules(survivors_count: bool) -> tuple[Rule, ...]:
             Outcome.SOURCE,
         ),
         Rule(
-            # A: the crashed Primary may be ahead.  B and C: so it may unless the other durably survived it.
+            # The crashed Primary may be ahead, unless the other durably survived it (decision 0007).
             "crashed-primary",
-            lambda a, b: _crashed(a, b) and not (survivors_count and b.survived),
+            lambda a, b: _crashed(a, b) and not b.survived,
             Outcome.SOURCE,
         ),
         Rule("survivor", lambda a, b: _crashed(b, a), Outcome.SOURCE),
@@ -195,12 +195,12 @@ def rules(survivors_count: bool) -> tuple[Rule, ...]:
     )
 
 
-_TABLES: Final = {survivors_count: rules(survivors_count) for survivors_count in (False, True)}
+_RULES: Final = rules()
 
 
-def decide(ours: Side, theirs: Side, *, survivors_count: bool) -> Decision:
+def decide(ours: Side, theirs: Side) -> Decision:
     """Who copies from whom, seen from `ours`; `decide(b, a)` is the mirror of `decide(a, b)` (V7)."""
-    for rule in _TABLES[survivors_count]:
+    for rule in _RULES:
         forward, backward = rule.holds(ours, theirs), rule.holds(theirs, ours)
         if forward and backward:
             # Each would be the other's source: they went on alone, whatever the ids look like.

@@ -51,6 +51,7 @@ class Replica:
         self._sent: VolumeState | None = None
         self._received: tuple[int, VolumeState] | None = None
         self._starting = False  # waits to send VOLUME_STATE
+        self._waits = 0  # which of those that waited is the latest
         self._surviving = False
         self.carried_out = False
         self.steps = ResyncSteps(self)
@@ -68,6 +69,11 @@ class Replica:
     def has_good_data(self) -> bool:
         """The peer can serve reads, and a write acknowledged by it is safe."""
         return self.replicating and self.disk is Disk.UP_TO_DATE
+
+    @property
+    def state_sent(self) -> bool:
+        """The peer knows our state on this link: it may have decided, and write."""
+        return self._round > 0
 
     @property
     def syncing(self) -> bool:
@@ -105,10 +111,15 @@ class Replica:
         self.steps.link_up()
         self.begin_round()
 
+    def leave_round(self) -> None:
+        """The link is about to go: nobody who waits for a quiet moment may begin a round on it."""
+        self._starting = False
+
     def link_down(self, *, lost_primary: bool) -> None:
         """The link is gone.  `lost_primary`: the peer was Primary and said no goodbye."""
         survived = (
             lost_primary
+            and self.volume.context.options.protocol != "A"  # the lost Primary may have acknowledged more
             and self.replication is Replication.ESTABLISHED
             and self.volume.disk is Disk.UP_TO_DATE
             and not self.volume.group.primary
@@ -174,15 +185,18 @@ class Replica:
         self._when_still(self._send_state)
 
     def _when_still(self, then: Callable[[], None]) -> None:
-        """Call `then` when no replicated write is under way and no superblock change is pending."""
-        link = self.link
+        """Call `then` when no replicated write is under way and no superblock change is pending.
+
+        The latest call counts: two that wait for each other's superblock writes would never end.
+        """
+        self._waits = waits = self._waits + 1
 
         def go_on() -> None:
-            if self.link is not link or not self._starting or self._surviving:
+            if self._waits != waits or not self._starting or self._surviving:
                 return  # (`_survive` comes back here)
             volume = self.volume
             if volume.attached is not None and volume.ledger.busy:
-                volume.ledger.settled(lambda: self._when_still(then))
+                volume.ledger.settled(lambda: volume.path.when_peers_quiet(go_on))
             elif volume.disk not in (Disk.ATTACHING, Disk.DETACHING, Disk.FAILED):
                 then()
             # else: `Volume.disk_changed` begins again
@@ -191,8 +205,6 @@ class Replica:
 
     def disk_settled(self) -> None:
         """The local disk is attached or gone: a round that waited for it goes on, or a new one begins."""
-        if self.link is None:
-            return
         self._starting = False
         self.begin_round()
 
@@ -234,7 +246,8 @@ class Replica:
 
     def _on_state(self, frame: Frame) -> str | None:
         state = VolumeState.unpack(frame.payload)
-        if frame.sequence <= 0 or (self._received and frame.sequence < self._received[0]):
+        if frame.sequence <= 0 or (self._received and frame.sequence <= self._received[0]):
+            # Also the same round twice: what is carried out already must not be decided again.
             return f"round {frame.sequence} after round {self._received and self._received[0]}"
         if frame.sequence > self._round + ROUNDS_AHEAD_MAX:
             return f"round {frame.sequence} when ours is {self._round}"
@@ -260,7 +273,6 @@ class Replica:
             self.decision = self._size_fault(ours, theirs) or decide(
                 self._side(ours, self.volume.context.options.node_id),
                 self._side(theirs, self.peer),
-                survivors_count=self.volume.context.options.protocol != "A",
             )
         self._tell(ours, theirs)
         assert self.link is not None
@@ -374,6 +386,7 @@ class Replica:
     def disk_gone(self, ranges: list[tuple[int, int]]) -> bool:
         """Our disk is gone: stop any resync, tell the peer.  True if its confirmation must be waited for."""
         self._starting = self._surviving = False
+        self._sent = None  # the state we sent is not true any more: the round is over without a decision
         if self.link is None:
             self.steps.stop()
             return False

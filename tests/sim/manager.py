@@ -31,15 +31,13 @@ class Manager:
         self.away: set[int] = set()  # nodes that come back only in the liveness phase
         self.prefer: int | None = None
         self.target: Node | None = None
-        self._currents: dict[tuple[int, int], int] = {}
+        self._lineages: dict[tuple[int, int], tuple[int, bool]] = {}
 
     # --- as time goes by
 
     def tick(self) -> None:
         """Keep one Primary on a node with all the data."""
         run = self.run
-        if run.over:
-            return
         self.merge()
         run.refresh_authority()
         run.look()
@@ -101,19 +99,22 @@ class Manager:
                 branch.caught_up(notice.fields["volume"], {node.id})
         if notice.code == "role" and notice.fields["role"] == "Secondary":
             for oracle in run.branch_of[node.id].oracles.values():
-                oracle.died()  # clients that were cut off heard no answer; nothing is written later
+                oracle.settled()  # clients that were cut off heard no answer; nothing is written later
         if notice.code == "sync-decision" and notice.fields["outcome"] == "target":
             self.target = node
 
     def metadata(self, node: Node, volume: int) -> None:
-        """A Primary with a generation that its peer has not on its disk has gone on alone: nobody else may lead."""
+        """A Primary with a generation that its peer has not on its disk, or that leads without it, is alone now."""
         run = self.run
         found, other = read_superblock(node.disks[volume]), read_superblock(run.other(node).disks[volume])
-        if found is None or found.current == self._currents.get((node.id, volume)):
+        if found is None or other is None:
             return
-        self._currents[node.id, volume] = found.current
+        survives = any(peer.survivor for peer in found.peers)
+        if (found.current, survives) == self._lineages.get((node.id, volume)):
+            return
+        self._lineages[node.id, volume] = found.current, survives
         leads = node in run.primaries() or node.id in self.promoting
-        if leads and other is not None and other.current | 1 != found.current | 1:
+        if leads and (survives or other.current | 1 != found.current | 1):
             branch = run.branch_of[node.id]
             if node.id in branch.holding[volume]:
                 branch.lies_on(volume, {node.id})
@@ -157,9 +158,14 @@ class Manager:
         run = self.run
         branch = run.branch_of[node.id]
         if run.swarm.protocol == "B" and node not in run.primaries():
+            assert node.resource is not None
+            for number, volume in node.resource.volumes.items():
+                if volume.path.in_flight:
+                    branch.loses(node.id, number)  # acknowledged when it was received, and not written
+        if power and run.swarm.protocol == "A" and node in run.primaries():
             for number in branch.holding:
-                branch.loses(node.id, number)  # it may have acknowledged what it received and did not write
-        if power and not together:
+                branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
+        elif power and not together:
             for number in branch.holding:
                 if branch.lost_power(node.id, number):
                     run.sometimes("last good copy lost power")

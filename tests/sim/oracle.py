@@ -92,6 +92,11 @@ class Oracle:
         self.removed = [entry for entry in self.removed if entry[0] >= issued]
         self.flushes += 1
 
+    def settled(self) -> None:
+        """Nothing is in flight, and what was acknowledged is stable wherever it is."""
+        self.died()
+        self.removed.clear()
+
     def last_copy_lost_power(self) -> None:
         """What was not flushed may be undone."""
         for _, sector, gone in self.removed:
@@ -188,6 +193,7 @@ class Branch:
         self.holding = {number: set(nodes) for number in oracles}
         self.stable = {number: set(nodes) for number in oracles}
         self.parent = parent
+        self.local_flush = parent.local_flush if parent is not None else False  # FLUSH says nothing of the peer
         self.complete = True  # at the fork it had all that the parent had acknowledged
         self.parent_acked = parent.acked if parent is not None else 0
 
@@ -237,6 +243,8 @@ class Branch:
 
     def lost_power(self, node: int, number: int) -> bool:
         """A power cut; True if it was the last good copy: then what was not FLUSHed may be undone."""
+        if node in self.stable[number] and not self.oracles[number].removed and not self.local_flush:
+            return False  # everything is stable
         if self.holding[number] != {node}:
             self.holding[number].discard(node)
             return False

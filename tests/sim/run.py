@@ -55,6 +55,7 @@ class Run:
         self.over = False
         self.healing = False
         branch = Branch(set(self.world.nodes), {number: Oracle() for number in swarm.volumes})
+        branch.local_flush = swarm.protocol == "A"
         self.branch_of: dict[int, Branch] = dict.fromkeys(self.world.nodes, branch)
         self.rotten: set[int] = set()  # nodes whose metadata was damaged
         self.seen: dict[str, int] = {}
@@ -364,7 +365,9 @@ class Run:
 
     def _good(self) -> bool:
         self.manager.merge()
-        return self.established() and len(self.primaries()) == 1 and self.still_one()
+        if not self.established() or len(self.primaries()) != 1 or not self.still_one():
+            return False
+        return all(node.resource is not None and not node.resource.roles.busy for node in self.world.nodes.values())
 
     def still_one(self) -> bool:
         """One history is left."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from replicator.core.context import Context
 from replicator.core.generations import (
     HISTORY_MAX,
     JUST_CREATED,
@@ -23,6 +24,7 @@ from replicator.core.generations import (
     rules,
     same,
 )
+from replicator.core.options import Options
 from replicator.core.states import Disk
 
 G1, G2, G3, G4, G5 = (number << 8 for number in range(1, 6))
@@ -75,19 +77,19 @@ def mirrored(decision: Decision) -> Decision:
 
 
 @settings(max_examples=400)
-@given(PAIRS, st.booleans())
-def test_both_nodes_come_to_mirrored_decisions(pair: tuple[Side, Side], survivors_count: bool) -> None:
+@given(PAIRS)
+def test_both_nodes_come_to_mirrored_decisions(pair: tuple[Side, Side]) -> None:
     ours, theirs = pair
-    there = decide(theirs, ours, survivors_count=survivors_count)
-    assert decide(ours, theirs, survivors_count=survivors_count) == mirrored(there)
+    there = decide(theirs, ours)
+    assert decide(ours, theirs) == mirrored(there)
 
 
 @settings(max_examples=400)
-@given(PAIRS, st.booleans())
+@given(PAIRS)
 def test_a_source_is_never_a_mixture_and_a_primary_on_good_data_is_never_a_target(
-    pair: tuple[Side, Side], survivors_count: bool
+    pair: tuple[Side, Side]
 ) -> None:
-    decision = decide(*pair, survivors_count=survivors_count)
+    decision = decide(*pair)
     if decision.outcome not in (Outcome.SOURCE, Outcome.TARGET):
         return
     source, target = pair if decision.outcome is Outcome.SOURCE else pair[::-1]
@@ -97,10 +99,10 @@ def test_a_source_is_never_a_mixture_and_a_primary_on_good_data_is_never_a_targe
 
 
 @settings(max_examples=400)
-@given(PAIRS, st.booleans())
-def test_no_sync_means_equal_ids_no_bits_and_nobody_in_doubt(pair: tuple[Side, Side], survivors_count: bool) -> None:
+@given(PAIRS)
+def test_no_sync_means_equal_ids_no_bits_and_nobody_in_doubt(pair: tuple[Side, Side]) -> None:
     ours, theirs = pair
-    if decide(ours, theirs, survivors_count=survivors_count).outcome is not Outcome.NONE:
+    if decide(ours, theirs).outcome is not Outcome.NONE:
         return
     assert same(ours.current, theirs.current)
     if not same(ours.current, JUST_CREATED):
@@ -109,23 +111,23 @@ def test_no_sync_means_equal_ids_no_bits_and_nobody_in_doubt(pair: tuple[Side, S
 
 
 @settings(max_examples=400)
-@given(PAIRS, st.booleans())
+@given(PAIRS)
 def test_equal_generations_with_bits_are_never_left_alone_while_one_copy_is_good(
-    pair: tuple[Side, Side], survivors_count: bool
+    pair: tuple[Side, Side]
 ) -> None:
     ours, theirs = pair
     theirs = replace(theirs, current=ours.current ^ PRIMARY_BIT)
-    decision = decide(ours, replace(theirs, dirty=True), survivors_count=survivors_count)
+    decision = decide(ours, replace(theirs, dirty=True))
     nobody_good = same(ours.current, JUST_CREATED) or ours.disk is theirs.disk is Disk.INCONSISTENT
     assert nobody_good or decision.outcome in (Outcome.SOURCE, Outcome.TARGET, Outcome.CONFLICT)
 
 
 @settings(max_examples=400)
-@given(PAIRS, st.booleans())
+@given(PAIRS)
 def test_a_bitmap_sync_needs_equal_ids_or_a_fork_point_that_the_source_recorded(
-    pair: tuple[Side, Side], survivors_count: bool
+    pair: tuple[Side, Side]
 ) -> None:
-    decision = decide(*pair, survivors_count=survivors_count)
+    decision = decide(*pair)
     if decision.outcome not in (Outcome.SOURCE, Outcome.TARGET) or decision.full:
         return
     source, target = pair if decision.outcome is Outcome.SOURCE else pair[::-1]
@@ -133,17 +135,17 @@ def test_a_bitmap_sync_needs_equal_ids_or_a_fork_point_that_the_source_recorded(
 
 
 @settings(max_examples=400)
-@given(PAIRS, st.booleans())
-def test_the_primary_bit_is_no_identity(pair: tuple[Side, Side], survivors_count: bool) -> None:
+@given(PAIRS)
+def test_the_primary_bit_is_no_identity(pair: tuple[Side, Side]) -> None:
     ours, theirs = pair
-    plain = decide(ours, theirs, survivors_count=survivors_count)
+    plain = decide(ours, theirs)
     flipped = replace(
         ours,
         current=ours.current ^ PRIMARY_BIT,
         bitmap_id=ours.bitmap_id ^ PRIMARY_BIT if ours.bitmap_id else UNSET,
         history=tuple(generation ^ PRIMARY_BIT for generation in ours.history),
     )
-    assert decide(flipped, theirs, survivors_count=survivors_count) == plain
+    assert decide(flipped, theirs) == plain
 
 
 def test_every_rule_of_the_table_is_reached() -> None:
@@ -164,14 +166,14 @@ def test_every_rule_of_the_table_is_reached() -> None:
             primary=draw.random() < 0.2,
         )
 
-    names = {rule.name for rule in rules(survivors_count=True)}
+    names = {rule.name for rule in rules()}
     reached = set()
     for _ in range(8000):
-        rule = decide(some(0), some(1), survivors_count=True).rule.removesuffix("-inconsistent")
+        rule = decide(some(0), some(1)).rule.removesuffix("-inconsistent")
         reached.add(rule.removesuffix("-self").removesuffix("-peer"))
     assert reached - {"inconsistent-both"} == names - {"inconsistent-both"}
     both = [replace(side, disk=Disk.INCONSISTENT) for side in (A, B)]
-    assert decide(*both, survivors_count=True).rule == "inconsistent-both"
+    assert decide(*both).rule == "inconsistent-both"
 
 
 # --- the decision table, row by row
@@ -347,20 +349,24 @@ EXAMPLES: dict[str, tuple[Side, Side, Outcome, str, bool]] = {
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_decision_table_by_example(example: str) -> None:
     ours, theirs, outcome, rule, full = EXAMPLES[example]
-    decision = decide(ours, theirs, survivors_count=True)
+    decision = decide(ours, theirs)
     assert decision == Decision(outcome, rule, full)
-    assert decide(theirs, ours, survivors_count=True) == mirrored(decision)
+    assert decide(theirs, ours) == mirrored(decision)
 
 
-def test_under_protocol_a_nobody_survives_a_primary_because_it_may_be_ahead() -> None:
-    crashed, stayed = replace(A, crashed_primary=True), replace(B, survived=True)
-    assert decide(crashed, stayed, survivors_count=False).outcome is Outcome.SOURCE
-    assert decide(crashed, stayed, survivors_count=True).outcome is Outcome.TARGET
+def test_of_two_crashed_primaries_the_one_that_led_without_the_other_counts() -> None:
+    first, last = replace(A, crashed_primary=True), replace(B, crashed_primary=True, survived=True)
+    assert decide(first, last) == Decision(Outcome.TARGET, "crashed-last-peer")
+    assert decide(first, replace(last, survived=False)).outcome is Outcome.SOURCE  # else the lower node id
+    both = replace(first, survived=True)
+    assert decide(both, last).rule == "crashed-both-self"
+
 
 
 def test_no_fork_point_is_not_a_fork_point_even_if_the_peer_sends_nonsense() -> None:
-    decision = decide(A, replace(B, current=UNSET), survivors_count=True)
-    assert decision.outcome is Outcome.UNRELATED
+    for there in (replace(B, current=UNSET), replace(B, current=G3, bitmap_id=UNSET | PRIMARY_BIT)):
+        for ours, theirs in ((A, there), (there, A)):
+            assert decide(ours, theirs).outcome is Outcome.UNRELATED
 
 
 # --- ids and history
@@ -379,3 +385,9 @@ def test_a_lineage_holds_no_id_without_meaning() -> None:
     fresh = replace(A, current=JUST_CREATED, bitmap_id=UNSET, history=())
     assert fresh.lineage() == set()
     assert replace(A, bitmap_id=G2, history=(G3,)).lineage() == {G | PRIMARY_BIT for G in (G1, G2, G3)}
+
+
+def test_a_fresh_id_is_never_one_that_has_a_meaning() -> None:
+    drawn = iter((UNSET, PRIMARY_BIT, JUST_CREATED, JUST_CREATED | PRIMARY_BIT, 7, 8))
+    options = Options(resource="r0", node_id=0, node_name="alpha", peers={1: "beta"}, volumes=(0,))
+    assert Context(options, lambda: next(drawn)).new_id() == 8

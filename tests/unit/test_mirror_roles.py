@@ -369,3 +369,19 @@ def test_a_promotion_outlives_the_discovery_that_the_peer_is_silently_gone() -> 
 def test_a_name_that_does_not_exist_is_refused(verb: str, args: dict[str, object]) -> None:
     m = Mirror()
     assert not m.command(m.alpha, verb, **args).ok
+
+
+def test_who_leads_without_its_peer_counts_after_a_crash_of_both() -> None:
+    m = Mirror(primary=0)
+    m.kill(m.alpha)
+    m.kill(m.beta)
+    m.world.network.partitioned = True
+    m.restart(m.beta)
+    m.run(lambda: m.disk(m.beta) == "UpToDate")
+    m.done(m.beta, "primary")  # it serves reads, and writes nothing
+    assert m.superblock(m.beta).peers[0].survivor
+    m.kill(m.beta)
+    m.world.network.partitioned = False
+    m.restart(m.alpha, m.beta)
+    m.establish()
+    assert m.rule(m.beta) == "crashed-last-self"
