@@ -305,6 +305,15 @@ class Mirror:
         """From the next frame of this kind on, nothing of this sender arrives; what it sent before does."""
         return self.on_frame(kind, lambda: self._held.add(sender.id), sender)
 
+    def hold(self, sender: Node) -> None:
+        """From now on nothing this sender says arrives, on any link; what it sent before does (see `stall`)."""
+        self._held.add(sender.id)
+
+    def drop_held(self) -> None:
+        """What hung is lost with its link; nothing hangs any more."""
+        self._held.clear()
+        self._kept.clear()
+
     def stall_resync(self, source: Node) -> None:
         """From now on the answers of this source to resync requests hang (and all that it sends behind them)."""
         for kind in (Kind.RESYNC_DATA, Kind.RESYNC_ZERO, Kind.RESYNC_EQUAL):
