@@ -71,6 +71,14 @@ class Area:
                 left.append(entry)
         self.cache = left
 
+    def flush_last(self) -> None:
+        """The newest write is stable (FUA), and with it older ones in its place: they can not come out over it."""
+        chosen = [self.cache[-1]]
+        for entry in reversed(self.cache[:-1]):
+            if any(entry[0] < at + len(data) and at < entry[0] + len(entry[1]) for at, data in chosen):
+                chosen.append(entry)
+        self.flush_these(chosen)
+
     def power_cut(self, rng: random.Random) -> Cut:
         """Each cached sector is lost or kept, on its own."""
         cut = Cut()

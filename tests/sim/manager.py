@@ -160,8 +160,8 @@ class Manager:
         if run.swarm.protocol == "B" and node not in run.primaries():
             assert node.resource is not None
             for number, volume in node.resource.volumes.items():
-                if volume.path.in_flight:
-                    branch.loses(node.id, number)  # acknowledged when it was received, and not written
+                if volume.path.in_flight and not branch.loses(node.id, number):
+                    branch.all_lost_power(number)  # acknowledged when it was received, and not written
         if power and run.swarm.protocol == "A" and node in run.primaries():
             for number in branch.holding:
                 branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
@@ -215,8 +215,6 @@ class Manager:
     def _nudge(self) -> None:
         """What an operator types until all is well; never anything that gives data up."""
         run = self.run
-        if run.over:
-            return
         for node in run.world.nodes.values():
             self._repair(node)
             if node.up:

@@ -232,7 +232,7 @@ class Node:
             if disk.bad:
                 disk.bad.difference_update(range(offset // SECTOR, (offset + len(data)) // SECTOR))
             if fua:
-                disk.data.flush_these([disk.data.cache[-1]])
+                disk.data.flush_last()
 
         def torn() -> None:
             part = data[: rng.randrange(len(data) // SECTOR + 1) * SECTOR]

@@ -231,10 +231,12 @@ class Branch:
         self.holding[number] |= nodes
         self.stable[number] |= nodes
 
-    def loses(self, node: int, number: int) -> None:
-        """This copy may lack something; the only good one stays what it is, also on a disk that was let go."""
-        if self.holding[number] != {node}:
-            self.leaves(node, number)
+    def loses(self, node: int, number: int) -> bool:
+        """This copy may lack something; the only good one stays what it is, also on a disk that was let go (False)."""
+        if self.holding[number] == {node}:
+            return False
+        self.leaves(node, number)
+        return True
 
     def leaves(self, node: int, number: int) -> None:
         """This copy is none of this history any more."""

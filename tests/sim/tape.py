@@ -166,9 +166,7 @@ class Tape:
                 Fault(
                     rng.randrange(swarm.duration_ms * 1000),
                     rng.choices(swarm.kinds, weights)[0],
-                    round(rng.random(), 4),
-                    round(rng.random(), 4),
-                    round(rng.random(), 4),
+                    *(rng.randrange(10_000) / 10_000 for _ in range(3)),
                 )
                 for _ in range(number)
             ),
