@@ -15,6 +15,7 @@ import errno
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from replicator.core import superblock
 from replicator.core.bitmap import fresh_pages
@@ -31,12 +32,52 @@ class Cut:
     torn: int = 0  # writes of which a part was kept
 
 
+CHUNK = 1 << 16
+LARGE = 4 << 20
+
+
+class Sparse:
+    """As much of a bytearray as an `Area` needs, without touching what is never written."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._chunks: dict[int, bytearray] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        pieces = []
+        while start < stop:
+            number, at = divmod(start, CHUNK)
+            end = min(CHUNK, at + stop - start)
+            chunk = self._chunks.get(number)
+            pieces.append(bytes(end - at) if chunk is None else bytes(chunk[at:end]))
+            start += end - at
+        return b"".join(pieces)
+
+    def __setitem__(self, part: slice, data: bytes) -> None:
+        start, stop, _ = part.indices(self._size)
+        assert stop - start == len(data)
+        done = 0
+        while start < stop:
+            number, at = divmod(start, CHUNK)
+            end = min(CHUNK, at + stop - start)
+            chunk = self._chunks.setdefault(number, bytearray(CHUNK))
+            chunk[at:end] = data[done : done + end - at]
+            done += end - at
+            start += end - at
+
+
 class Area:
     """Bytes with a volatile cache in front."""
 
     def __init__(self, size: int) -> None:
-        self.stable = bytearray(size)
-        self.seen = bytearray(size)  # what a read returns: stable plus cache
+        make: Callable[[int], Any] = Sparse if size > LARGE else bytearray
+        self.stable = make(size)
+        self.seen = make(size)  # what a read returns: stable plus cache
+        self.version = 0  # of `stable`
         self.cache: list[tuple[int, bytes]] = []
         self.touched: set[int] = set()  # blocks of `seen` that changed; whoever compares them empties it
 
@@ -49,6 +90,7 @@ class Area:
 
     def flush(self) -> None:
         """The cache is stable."""
+        self.version += 1
         for offset, data in self.cache:
             self.stable[offset : offset + len(data)] = data
         self.cache.clear()
@@ -62,6 +104,7 @@ class Area:
 
     def flush_these(self, covered: list[tuple[int, bytes]]) -> None:
         """These writes are stable; newer ones stay in the cache (and over them)."""
+        self.version += 1
         known = {id(entry) for entry in covered}
         left = []
         for entry in self.cache:
@@ -81,6 +124,7 @@ class Area:
 
     def power_cut(self, rng: random.Random) -> Cut:
         """Each cached sector is lost or kept, on its own."""
+        self.version += 1
         cut = Cut()
         for offset, data in self.cache:
             self._touch(offset, len(data))
@@ -100,6 +144,7 @@ class Area:
 
     def damage(self, offset: int, data: bytes) -> None:
         """Change what is stored, behind everybody's back."""
+        self.version += 1
         self.stable[offset : offset + len(data)] = data
         self.seen[offset : offset + len(data)] = data
 

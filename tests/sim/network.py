@@ -244,6 +244,7 @@ class Network:
                 end.up = False
                 node = self.world.nodes[end.node]
                 self.world.after(self.world.net_delay(), partial(self._reset, node, end, node.life))
+        self._forget()
 
     def half_open(self, link: Link, side: int, *, silent: bool) -> None:
         """One side learns that the link is dead; the other does not, until it sends (if `silent`: never)."""
@@ -260,9 +261,8 @@ class Network:
 
     def cut_all(self) -> None:
         """Reset every link."""
-        for link in self.links:
+        for link in self.alive:
             self.cut(link)
-        self._forget()
 
     def _forget(self) -> None:
         """Dead links, but for the newest, are of no interest."""
@@ -270,13 +270,12 @@ class Network:
 
     def node_died(self, node: Node) -> None:
         """Its links end; the peers learn of it."""
-        for link in self.links:
-            if link.alive and any(end.node == node.id for end in link.ends):
+        for link in self.alive:
+            if any(end.node == node.id for end in link.ends):
                 for end in link.ends:
                     if end.node == node.id:
                         end.up = False
                 self.cut(link)
-        self._forget()
 
     def heal(self) -> None:
         """No fault of the network is left."""

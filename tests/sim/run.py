@@ -18,7 +18,7 @@ from replicator.core.geometry import SECTOR
 from replicator.core.states import Disk as DiskState
 from replicator.core.states import Role
 from tests.sim.build import boot, established, ready, two_nodes
-from tests.sim.checkers import CHECKERS, Checker
+from tests.sim.checkers import CHECKERS, Checker, Stored
 from tests.sim.faults import FAULTS, Traps
 from tests.sim.manager import Manager
 from tests.sim.node import Node
@@ -59,6 +59,11 @@ class Run:
         self.branch_of: dict[int, Branch] = dict.fromkeys(self.world.nodes, branch)
         self.rotten: set[int] = set()  # nodes whose metadata was damaged
         self.seen: dict[str, int] = {}
+        self.stored = {
+            (node.id, number): Stored(disk, self.other(node).id)
+            for node in self.world.nodes.values()
+            for number, disk in node.disks.items()
+        }
         self.checkers: list[Checker] = [kind(self) for kind in CHECKERS]
         self.manager = Manager(self)
         self.traps = Traps(self)
@@ -280,6 +285,7 @@ class Run:
         """All phases; `Violation` (or an AssertionError of the core) when something is wrong."""
         world = self.world
         self._start()
+        self.manager.begin()
         world.noticed, world.at_moment, world.at_metadata = self._noticed, self.traps.moment, self._metadata
         self.stop_at = world.now + self.swarm.duration_ms * MS
         for who in range(len(self.tape.clients)):
