@@ -15,6 +15,7 @@ PACKAGE = ROOT / "replicator"
 LINES_MAX = 400
 LINES_HARD_MAX = 600
 FUNCTION_LINES_MAX = 60
+PRAGMAS_MAX = 3  #: lines or branches that coverage leaves out by their own word
 
 #: Modules above LINES_MAX, each with the reason why two would be worse.
 LONG: dict[str, str] = {
@@ -134,6 +135,17 @@ def test_only_those_who_may_clear_a_dirty_bit_do(path: Path) -> None:
         if isinstance(node, ast.Attribute) and node.attr in CLEARS_BITS
     }
     assert found == MAY_CLEAR_BITS.get(name(path), set())
+
+
+def test_what_no_test_reaches_is_little_and_says_why() -> None:
+    marks = [
+        (f"{name(path)}:{number}", line.partition("pragma: no ")[2])
+        for path in PRODUCT
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "pragma: no " in line
+    ]
+    assert [place for place, mark in marks if not re.fullmatch(r"(?:cover|branch) - \S.{9,}", mark)] == []
+    assert len(marks) <= PRAGMAS_MAX, [place for place, _ in marks]
 
 
 def test_there_is_no_drawer_for_odds_and_ends() -> None:

@@ -26,10 +26,8 @@ def call(path: str, verb: str, args: Mapping[str, object] | None = None, timeout
     time), ProtocolError (what answers does not speak our language).
     """
     deadline_s = time.monotonic() + timeout_s
-    for reply in _replies(path, Request(verb, args or {}), deadline_s, timeout_s):
-        if reply.final:
-            return dict(reply.data)
-    raise AssertionError("the replies to a request end with a final one or an error")
+    *_, final = _replies(path, Request(verb, args or {}), deadline_s, timeout_s)  # they end with it, or raise
+    return dict(final.data)
 
 
 def stream(

@@ -36,6 +36,7 @@ class Commands:
         self._context = context
         self._waiting: list[Callable[[], bool]] = []
         self._saving: list[tuple[Command, Volume]] = []
+        self._going_down = 0  # `down` commands under way
         self._verbs: dict[str, Callable[[Command], None]] = {
             "attach": self._attach,
             "detach": self._detach,
@@ -61,7 +62,7 @@ class Commands:
         """Carry a verb out, or refuse it."""
         verb = self._verbs.get(command.verb)
         number, peer = command.args.get("volume"), command.args.get("peer")
-        if number is not None and number not in self._resource.volumes:
+        if number is not None and (type(number) is not int or number not in self._resource.volumes):
             self._done(command, Refusal("no-such-volume", 0, f"there is no volume {number}", "see replicator status"))
         elif peer is not None and peer not in self._resource.options.peers.values():
             self._done(command, Refusal("no-such-peer", 0, f"there is no peer {peer}", "see replicator status"))
@@ -70,6 +71,8 @@ class Commands:
                 command,
                 Refusal("unknown-verb", 0, f"there is no verb {command.verb}", "see replicator --help"),
             )
+        elif self._going_down and command.verb != "down":
+            self._done(command, in_transition())  # what it began would meet closed disks
         else:
             verb(command)
 
@@ -164,16 +167,9 @@ class Commands:
             return True
         for volume in volumes:
             if volume.attached is not None:
-                volume.empty_log(self._leave(volume))
+                volume.empty_log(volume.detach)
         self._waiting.append(lambda: self._detached(command, volumes))
         return True
-
-    def _leave(self, volume: Volume) -> Callable[[], None]:
-        def leave() -> None:
-            if volume.attached is not None:
-                volume.detach()
-
-        return leave
 
     def _detached(self, command: Command, volumes: list[Volume]) -> bool:
         if any(volume.disk is not Disk.DISKLESS for volume in volumes):
@@ -247,7 +243,7 @@ class Commands:
             )
             return
         peer = sources[0]
-        volume.serving = False
+        volume.stop_serving()
         volume.become(DiskMove.INVALIDATED)
 
         def change(found: Superblock) -> Superblock:
@@ -347,6 +343,7 @@ class Commands:
             return
         for connection in self._resource.connections.values():
             connection.disconnect(ConnectionMove.DISCONNECT, "the resource goes down", goodbye=GOODBYE_DOWN)
+        self._going_down += 1
         volumes = list(self._resource.volumes.values())
         self._waiting.append(lambda: self._quiet(command, volumes))
 
@@ -356,21 +353,17 @@ class Commands:
         if busy or not self._resource.log.idle:
             return False
         for volume in volumes:
-            volume.empty_log(self._shut(volume))
+            if volume.attached is not None:  # otherwise it is closed, or being closed
+                volume.empty_log(self._shut(volume))
         self._waiting.append(lambda: self._closed(command, volumes))
         return True
 
     def _shut(self, volume: Volume) -> Callable[[], None]:
-        def settled() -> None:
-            if volume.attached is not None:
-                volume.ledger.settled(volume.shut)
-            else:
-                volume.shut()
-
-        return settled
+        return lambda: volume.ledger.settled(volume.shut)
 
     def _closed(self, command: Command, volumes: list[Volume]) -> bool:
         if any(volume.disk is not Disk.DISKLESS for volume in volumes):
             return False
+        self._going_down -= 1
         self._done(command)
         return True

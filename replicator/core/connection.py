@@ -183,8 +183,10 @@ class Connection:
         resource = self._resource
         lost_primary = self.role is Role.PRIMARY and not graceful
         receiver, self.receiver = self.receiver, None
-        if receiver is not None:
-            receiver.link_down()
+        assert receiver is not None, "an agreed link has one"
+        receiver.link_down()
+        for volume in resource.volumes.values():
+            volume.replicas[self.peer].leave_round()
         for volume in resource.volumes.values():
             volume.path.drop_unlaunched(self.peer)
         for volume in resource.volumes.values():
@@ -274,6 +276,8 @@ class Connection:
         if frame.kind in (Kind.WRITE, Kind.TRIM, Kind.ZERO):
             if self.role is not Role.PRIMARY or self._resource.primary:
                 return f"{frame.kind.name} from a peer that may not write"
+            if not volume.replicas[self.peer].state_sent:
+                return f"{frame.kind.name} before the copies were compared"
             assert self.receiver is not None
             volume.replicas[self.peer].received_bytes += len(frame.payload)
             return self.receiver.on_write(frame)
@@ -325,6 +329,8 @@ class Connection:
         return None
 
     def _on_received(self, frame: Frame) -> str | None:
+        if self._context.options.protocol != "B":
+            return "RECEIVED, which belongs to protocol B"
         for sequence in unpack_sequences(frame.payload):
             entry = self._unacked.get(sequence)
             if entry is None:
@@ -363,8 +369,7 @@ class Connection:
 
     def _on_barrier(self, frame: Frame) -> str | None:
         assert self.receiver is not None
-        self.receiver.on_barrier(frame)
-        return None
+        return self.receiver.on_barrier(frame)
 
     def _on_barrier_ack(self, frame: Frame) -> str | None:
         if not self._resource.log.confirm(self.peer, frame.sequence):
@@ -398,16 +403,15 @@ class Connection:
         self.send(answer)
 
     def _on_read_answer(self, frame: Frame) -> str | None:
-        read = self._reads.pop(frame.sequence, None)
+        read = self._reads.get(frame.sequence)
         if read is None or read.volume != frame.volume:
             return f"{frame.kind.name} {frame.sequence} for no read of ours"
-        self._progress = self._context.now
-        if frame.kind is Kind.READ_FAILED:
-            read.done(unpack_errno(frame.payload), b"")
-        elif (frame.offset, frame.size) != (read.offset, read.size):
+        error = unpack_errno(frame.payload) if frame.kind is Kind.READ_FAILED else 0
+        if not error and (frame.offset, frame.size) != (read.offset, read.size):
             return f"READ_DATA of {frame.offset}+{frame.size} for a read of {read.offset}+{read.size}"
-        else:
-            read.done(0, bytes(frame.payload))
+        del self._reads[frame.sequence]  # only now: a fault leaves it to `_lose`, which asks elsewhere
+        self._progress = self._context.now
+        read.done(error, b"" if error else bytes(frame.payload))
         return None
 
     def _on_disk_state(self, volume: Volume, frame: Frame) -> str | None:
@@ -455,11 +459,7 @@ class Connection:
         ready = [replica for replica in replicas if replica.decision is not None and not replica.carried_out]
         wrong = [replica for replica in ready if not replica.acceptable]
         if wrong:
-            rules = ", ".join(
-                f"volume {replica.volume.number}: {replica.decision.outcome.value} ({replica.decision.rule})"
-                for replica in wrong
-                if replica.decision is not None
-            )
+            rules = ", ".join(replica.refusal for replica in wrong)
             self._context.notice("refused-data", peer=self.name, decisions=rules)
             self.refuse(rules)
             return
@@ -482,7 +482,7 @@ class Connection:
         limits = [
             self._heard + options.ping_interval_ns if self._pinged is None else self._pinged + options.ping_timeout_ns
         ]
-        if self._unacked or self._reads:
+        if options.ko_count and (self._unacked or self._reads):
             limits.append(self._progress + options.timeout_ns * options.ko_count)
         if self._round_since is not None:
             limits.append(self._round_since + options.handshake_timeout_ns)
@@ -500,13 +500,19 @@ class Connection:
             return
         if self._pinged is not None and now >= self._pinged + options.ping_timeout_ns:
             self._give_up("the peer does not answer pings")
-        elif (self._unacked or self._reads) and now >= self._progress + options.timeout_ns * options.ko_count:
+        elif self._stuck(now):
             self._give_up("the peer does not acknowledge writes")
         elif self._round_since is not None and now >= self._round_since + options.handshake_timeout_ns:
             self._give_up("the peer does not finish the handshake")
         elif self._pinged is None and now >= self._heard + options.ping_interval_ns:
             self._pinged = now
             self.send(Frame(Kind.PING, sequence=self.next_sequence()))
+
+    def _stuck(self, now: int) -> bool:
+        """The peer owes an answer for too long, whatever else it says; never with `ko_count` 0."""
+        options = self._context.options
+        owes = bool(options.ko_count and (self._unacked or self._reads))
+        return owes and now >= self._progress + options.timeout_ns * options.ko_count
 
     def _give_up(self, reason: str) -> None:
         link = self.link

@@ -24,6 +24,8 @@ UNSET: Final = 0
 JUST_CREATED: Final = 4
 #: Lowest bit: the generation was made by a Primary.  It carries no identity and is masked in comparisons.
 PRIMARY_BIT: Final = 1
+#: The decision is refused because clients have seen a generation that the good copy does not contain.
+EXPOSED_RULE: Final = "exposed-data"
 #: History ids kept; beyond it the oldest is forgotten, and the peer that needs it gets "unrelated data".
 HISTORY_MAX: Final = 32
 
@@ -54,6 +56,7 @@ class Side:
     crashed_primary: bool
     survived: bool  # durably: it held all that the other side had acknowledged when that was lost, or led without it
     primary: bool
+    exposed: int = UNSET  # what its clients have seen, if that is not this copy
 
     @property
     def inconsistent(self) -> bool:
@@ -211,6 +214,21 @@ def decide(ours: Side, theirs: Side) -> Decision:
         if backward:
             return _checked(ours, theirs, Decision(rule.outcome.mirrored, f"{rule.name}-peer", rule.full))
     raise AssertionError("the last rule always holds")  # pragma: no cover - for mypy, which cannot see that
+
+
+def hold_to_exposed(ours: Side, theirs: Side, decision: Decision) -> Decision:
+    """Clients go on only with data that contains what they have seen (V11; decision 0009).
+
+    `decision` stays, or becomes a conflict: the copy that would be good in it has neither the exposed generation nor
+    descends from it.  A mixture is not looked at: nobody reads it.
+    """
+    candidates = {Outcome.SOURCE: (ours,), Outcome.TARGET: (theirs,), Outcome.NONE: (ours, theirs)}
+    good = [side for side in candidates.get(decision.outcome, ()) if side.disk > Disk.INCONSISTENT]
+    for side in (ours, theirs):
+        seen = side.exposed | PRIMARY_BIT
+        if good and not same(side.exposed, UNSET) and not any(seen in copy.lineage() for copy in good):
+            return Decision(Outcome.CONFLICT, EXPOSED_RULE)
+    return decision
 
 
 def _checked(ours: Side, theirs: Side, decision: Decision) -> Decision:

@@ -39,12 +39,14 @@ FEATURE_TWO_PRIMARIES: Final = 2
 STRING_MAX: Final = 64  # bytes of UTF-8 in one string of HELLO
 HISTORY_MAX: Final = 32  # generation ids in one VOLUME_STATE
 DISK_STATE_LAST: Final = 9  # UpToDate, the highest disk state number
+GENERATION_MIN: Final = 8  # lower ids have a meaning of their own (none, just created)
 
 _HELLO = struct.Struct("!HHQ16s32sBB")
-_VOLUME_STATE = struct.Struct("!BBQQQQB")
+_VOLUME_STATE = struct.Struct("!BBQQQQQB")
 _RANGE = struct.Struct("!QI")
 _DISK_STATE = struct.Struct("!BI")
 _GENERATION = struct.Struct("!QB")
+_ID = struct.Struct("!Q")
 _ERRNO = struct.Struct("!I")
 # bit 0 first
 _STATE_FLAGS: Final = ("crashed_primary", "survived", "full_sync", "primary", "discard", "paused")
@@ -193,6 +195,7 @@ class VolumeState:
     current: int = 0  #: generation id
     bitmap_id: int = 0  #: towards the receiver; 0 is none
     dirty_count: int = 0  #: dirty blocks towards the receiver
+    exposed: int = 0  #: the generation our clients have seen, if it is not this copy's; 0 is none
     history: tuple[int, ...] = ()  #: generation ids, newest first
 
     def pack(self) -> bytes:
@@ -202,7 +205,7 @@ class VolumeState:
         bits = sum(1 << bit for bit, name in enumerate(_STATE_FLAGS) if getattr(self, name))
         head = _VOLUME_STATE.pack(
             self.disk, bits, self.size_bytes, self.current, self.bitmap_id, self.dirty_count,
-            len(self.history),
+            self.exposed, len(self.history),
         )  # fmt: skip
         return head + struct.pack(f"!{len(self.history)}Q", *self.history)
 
@@ -213,7 +216,7 @@ class VolumeState:
         disk, bits = reader.choice(DISK_STATE_LAST), reader.number(1)
         if bits >> len(_STATE_FLAGS):
             raise reader.fail(f"with unknown bits {bits:#x}")
-        size_bytes, current, bitmap_id, dirty_count = (reader.number(8) for _ in range(4))
+        size_bytes, current, bitmap_id, dirty_count, exposed = (reader.number(8) for _ in range(5))
         if _bad_size(disk, size_bytes):
             raise reader.fail(f"with disk state {disk} and a size of {size_bytes} bytes")
         history_count = reader.choice(HISTORY_MAX)
@@ -225,7 +228,7 @@ class VolumeState:
         return cls(
             disk=disk, crashed_primary=crashed_primary, survived=survived, full_sync=full_sync,
             primary=primary, discard=discard, paused=paused, size_bytes=size_bytes, current=current,
-            bitmap_id=bitmap_id, dirty_count=dirty_count, history=history,
+            bitmap_id=bitmap_id, dirty_count=dirty_count, exposed=exposed, history=history,
         )  # fmt: skip
 
 
@@ -306,6 +309,21 @@ def unpack_generation(payload: Buffer) -> tuple[int, bool]:
     generation, clear_bitmap = reader.number(8), bool(reader.choice(1))
     reader.end()
     return generation, clear_bitmap
+
+
+def pack_current_generation(generation: int) -> bytes:
+    """CURRENT_GENERATION: the id."""
+    return _ID.pack(generation)
+
+
+def unpack_current_generation(payload: Buffer) -> int:
+    """The generation of the copy that a diskless node lives on; never one that names no data."""
+    reader = _Reader(payload, "CURRENT_GENERATION")
+    generation = reader.number(8)
+    reader.end()
+    if generation < GENERATION_MIN:
+        raise reader.fail(f"with the id {generation}")
+    return generation
 
 
 def pack_errno(errno: int) -> bytes:

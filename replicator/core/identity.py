@@ -17,7 +17,7 @@ from replicator.core.generations import JUST_CREATED, PRIMARY_BIT, UNSET, rememb
 from replicator.core.handshake_wire import pack_generation, unpack_generation
 from replicator.core.ledger import with_slot
 from replicator.core.promotion import Refusal, in_transition
-from replicator.core.states import DiskMove, Role
+from replicator.core.states import Disk, DiskMove, Role
 from replicator.core.superblock import Superblock
 from replicator.core.volume import Volume
 from replicator.core.wire import Frame, Kind
@@ -43,6 +43,7 @@ class Identity:
 
     def begin(self, volume: Volume, *, clear: bool, finish: Finish) -> None:
         """Begin a new generation on this volume; `finish` says how it ended."""
+        assert self.idle and volume.attached is not None  # `Commands` has looked
         refusal = self._refusal(volume, clear=clear)
         if refusal is not None:
             finish(refusal)
@@ -81,10 +82,6 @@ class Identity:
         volume.ledger.save(change, durable)
 
     def _refusal(self, volume: Volume, *, clear: bool) -> Refusal | None:
-        if volume.attached is None:
-            return Refusal("no-disk", 0, f"volume {volume.number} has no disk", "attach it first")
-        if self._volume is not None or not self._resource.settled or volume.ledger.busy:
-            return in_transition()
         connected = [c for c in self._resource.connections.values() if c.connected]
         primary = [c.name for c in connected if c.role is Role.PRIMARY]
         if primary:
@@ -115,6 +112,13 @@ class Identity:
                 0,
                 "this copy holds no data yet",
                 "use --clear-bitmap, or primary --force for a first sync",
+            )
+        if volume.disk is not Disk.UP_TO_DATE:
+            return Refusal(
+                "no-up-to-date-data",
+                -2,
+                "Need access to UpToDate data",
+                f"volume {volume.number} is {volume.disk.word} here: say it where the good copy is",
             )
         if connected and not volume.replicas[connected[0].peer].has_good_data:
             return in_transition()

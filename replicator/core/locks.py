@@ -45,6 +45,8 @@ WAITS: Final = (
     (False, False, False, False, False),
     (True, True, True, True, False),
 )
+#: The same for copies only.
+COPIES: Final = tuple((False, False, row[LockKind.COPY], row[LockKind.WANTED], False) for row in WAITS)
 
 
 class Lock:
@@ -81,15 +83,20 @@ class RangeLocks:
         lock.held = True
         self.count += 1
         regions = self._regions
-        waits = WAITS[lock.kind]
         for region in range(lock.start >> REGION_SHIFT, ((lock.end - 1) >> REGION_SHIFT) + 1):
             others = regions.get(region)
             if others is None:
                 regions[region] = [lock]
                 continue
-            for other in others:
+            waits = WAITS[lock.kind]
+            for other in reversed(others):
                 if other.start < lock.end and lock.start < other.end and waits[other.kind]:
                     self._wait(lock, other)
+                    if other.kind <= LockKind.PEER and other.start <= lock.start and lock.end <= other.end:
+                        # It covers the range, so it waits for every older write and read that we would wait for: to
+                        # wait for it is enough, and a long queue on one block stays a chain.  Not so for copies: they
+                        # may have become copies behind it.
+                        waits = COPIES[lock.kind]
             others.append(lock)
         return not lock.blockers
 
@@ -132,6 +139,7 @@ class RangeLocks:
 
     @staticmethod
     def _wait(lock: Lock, other: Lock) -> None:
-        if lock not in other.waiters:
+        # Met again in its next region, it is the last one that came; to look at all would be cubic in a queue.
+        if not other.waiters or other.waiters[-1] is not lock:
             other.waiters.append(lock)
             lock.blockers += 1

@@ -39,8 +39,3 @@ class Options:
     resync_latency_target_ns: int = 20_000_000
     checksum_sync: str = "auto"  # always, never
     listens_for: frozenset[int] = frozenset()  # peers that dial us (their node id is higher)
-
-    @property
-    def synchronous(self) -> bool:
-        """Protocol C: complete means on both disks."""
-        return self.protocol == "C"

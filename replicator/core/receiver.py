@@ -28,6 +28,9 @@ from replicator.core.write import Write
 _IO: Final = {Kind.WRITE: Io.WRITE, Kind.TRIM: Io.TRIM, Kind.ZERO: Io.ZERO}
 #: Bytes of payload received and not over yet; our senders are bounded below it, so more is a broken peer.
 UNFINISHED_BYTES_MAX: Final = 256 << 20
+#: Writes and barriers not over yet: TRIM and ZERO carry no payload, but cost memory as long as the disk hangs.  Our
+#: senders stay below 2^18 (`unwritten_bytes_max` in sectors).
+UNFINISHED_COUNT_MAX: Final = 300_000
 
 
 class Batch:
@@ -55,6 +58,8 @@ class Receiver:
         self._batches: deque[Batch] = deque([Batch()])
         self._behind: deque[tuple[Frame, int]] = deque()  # protocol A: what follows an unanswered barrier
         self._bytes = 0
+        self._count = 0
+        self._pumping = False
         self._last_sequence = 0
         self._acks: dict[Kind, list[int]] = {Kind.RECEIVED: [], Kind.WRITTEN: [], Kind.FAILED: []}
 
@@ -75,8 +80,11 @@ class Receiver:
             return f"{frame.kind.name} with sequence {frame.sequence} after {self._last_sequence}"
         self._last_sequence = frame.sequence
         self._bytes += len(frame.payload)
+        self._count += 1
         if self._bytes > UNFINISHED_BYTES_MAX:
             return f"more than {UNFINISHED_BYTES_MAX} bytes of unacknowledged writes"
+        if self._count > UNFINISHED_COUNT_MAX:
+            return f"more than {UNFINISHED_COUNT_MAX} unacknowledged writes"
         # Decided on arrival: a link lost later takes nothing from what the origin has (its own log covers it).
         diskless = volume.replicas[self._peer].disk < Disk.INCONSISTENT
         lone = 1 << self._peer if diskless and volume.has_disk() else 0
@@ -111,44 +119,55 @@ class Receiver:
         """A write of ours is over."""
         _, batch = write.arrival
         batch.count -= 1
+        self._count -= 1
         if write.io is Io.WRITE:
             self._bytes -= write.size
         self._acks[Kind.FAILED if error else Kind.WRITTEN].append(write.sequence)
         self._pump()
 
-    def dropped(self, write: Write) -> None:
-        """A write that was never launched was dropped with its link."""
-        write.arrival[1].count -= 1
-
-    def on_barrier(self, frame: Frame) -> None:
-        """Make stable what came before."""
+    def on_barrier(self, frame: Frame) -> str | None:
+        """Make stable what came before.  Returns what is wrong with it, or None."""
+        self._count += 1
+        if self._count > UNFINISHED_COUNT_MAX:
+            return f"more than {UNFINISHED_COUNT_MAX} unanswered writes and barriers"
         if self._behind:
             self._behind.append((frame, 0))
-            return
+            return None
         self._batches[-1].barrier = frame.sequence
         self._batches.append(Batch())
         self._pump()
+        return None
 
     def _pump(self) -> None:
+        """Answer every barrier whose turn has come: in a loop, because a peer may send more than a stack holds."""
+        if self._pumping:
+            return
+        self._pumping = True
+        while self._answered_next():
+            pass
+        self._pumping = False
+
+    def _answered_next(self) -> bool:
         batch = self._batches[0]
         if batch.count or batch.barrier is None or batch.flushing:
-            return
+            return False
         for number in sorted(batch.volumes):
             if self._volumes[number].has_disk():
                 batch.flushing += 1
                 token = self._context.ask(self._flushed, (batch, self._volumes[number]))
                 self._context.out.append(FlushData(number, token))
         batch.volumes.clear()
-        if not batch.flushing:
-            self._answer(batch)
+        if batch.flushing:
+            return False
+        self._answer(batch)
+        return True
 
     def _flushed(self, subject: tuple[Batch, Volume], event: DiskDone) -> None:
         batch, volume = subject
         batch.flushing -= 1
         if event.error:
             volume.disk_error("flush", event.error)  # the peer hears DISK_STATE before the answer
-        if not batch.flushing:
-            self._answer(batch)
+        self._pump()
 
     def _answer(self, batch: Batch) -> None:
         assert batch is self._batches[0] and batch.barrier is not None
@@ -156,6 +175,7 @@ class Receiver:
         if self._send is not None:
             self._send(Frame(Kind.BARRIER_ACK, sequence=batch.barrier))
         self._batches.popleft()
+        self._count -= 1
         while self._behind and len(self._batches) == 1:
             frame, lone = self._behind.popleft()
             if frame.kind is Kind.BARRIER:
@@ -163,7 +183,6 @@ class Receiver:
                 self._batches.append(Batch())
             else:
                 self._apply(self._volumes[frame.volume], frame, lone)
-        self._pump()
 
     def settle(self) -> None:
         """Once per turn: acknowledgements, together."""

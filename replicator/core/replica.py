@@ -17,9 +17,24 @@ from typing import TYPE_CHECKING, Final
 
 from replicator.core.actions import FlushData
 from replicator.core.events import DiskDone
-from replicator.core.generations import JUST_CREATED, UNSET, Decision, Outcome, Side, decide, same
+from replicator.core.generations import (
+    EXPOSED_RULE,
+    JUST_CREATED,
+    UNSET,
+    Decision,
+    Outcome,
+    Side,
+    decide,
+    hold_to_exposed,
+    same,
+)
 from replicator.core.geometry import BLOCK_SHIFT
-from replicator.core.handshake_wire import VolumeState, pack_disk_state
+from replicator.core.handshake_wire import (
+    VolumeState,
+    pack_current_generation,
+    pack_disk_state,
+    unpack_current_generation,
+)
 from replicator.core.ledger import slot_index, with_slot
 from replicator.core.resync import SyncTarget
 from replicator.core.resync_steps import ResyncSteps, clear_slot
@@ -46,6 +61,7 @@ class Replica:
         self.link: Connection | None = None
         self.replication = Replication.OFF
         self.disk = Disk.DUNKNOWN  # the peer's
+        self.generation = UNSET  # the peer's copy is at, as last told
         self.decision: Decision | None = None
         self._round = 0
         self._sent: VolumeState | None = None
@@ -227,7 +243,7 @@ class Replica:
         """What we say about our copy."""
         volume = self.volume
         if volume.attached is None:
-            return VolumeState(disk=Disk.DISKLESS, primary=volume.group.primary)
+            return VolumeState(disk=Disk.DISKLESS, primary=volume.group.primary, exposed=volume.exposed)
         found = volume.ledger.durable
         slot = found.peers[slot_index(found, self.peer)]
         return VolumeState(
@@ -241,6 +257,7 @@ class Replica:
             current=found.current,
             bitmap_id=slot.bitmap_id,
             dirty_count=volume.dirty_count(self.peer),
+            exposed=volume.exposed,
             history=found.history,
         )
 
@@ -267,13 +284,14 @@ class Replica:
             return
         ours, theirs = self._sent, self._received[1]
         self.disk = Disk(theirs.disk)
+        self.generation = theirs.current
+        here = self._side(ours, self.volume.context.options.node_id)
+        there = self._side(theirs, self.peer)
         if Disk.DISKLESS in (ours.disk, theirs.disk):
-            self.decision = Decision(Outcome.NONE, "diskless")
+            decision = Decision(Outcome.NONE, "diskless")
         else:
-            self.decision = self._size_fault(ours, theirs) or decide(
-                self._side(ours, self.volume.context.options.node_id),
-                self._side(theirs, self.peer),
-            )
+            decision = self._size_fault(ours, theirs) or decide(here, there)
+        self.decision = hold_to_exposed(here, there, decision)
         self._tell(ours, theirs)
         assert self.link is not None
         self.link.decided()
@@ -290,6 +308,7 @@ class Replica:
             crashed_primary=state.crashed_primary,
             survived=state.survived,
             primary=state.primary,
+            exposed=state.exposed,
         )
 
     def _size_fault(self, ours: VolumeState, theirs: VolumeState) -> Decision | None:
@@ -318,6 +337,22 @@ class Replica:
         """The decision lets the two nodes stay together."""
         return self.decision is not None and self.decision.outcome in _GOOD
 
+    @property
+    def refusal(self) -> str:
+        """Why the decision forbids the two nodes to stay together, for both operators."""
+        assert self.decision is not None and self._sent is not None and self._received is not None
+        if self.decision.rule != EXPOSED_RULE:
+            return f"volume {self.volume.number}: {self.decision.outcome.value} ({self.decision.rule})"
+        options = self.volume.context.options
+        ours, theirs, peer = self._sent, self._received[1], options.peers[self.peer]
+        here = not same(ours.exposed, UNSET)
+        seen, primary = (ours.exposed, options.node_name) if here else (theirs.exposed, peer)
+        current, name = (theirs.current, peer) if here else (ours.current, options.node_name)
+        return (
+            f"volume {self.volume.number}: clients of {primary} have seen generation {seen:016x}, "
+            f"which the data of {name} (generation {current:016x}) does not contain ({EXPOSED_RULE})"
+        )
+
     def carry_out(self) -> None:
         """Every volume of the link has a decision, and none forbids: act on ours."""
         assert self.decision is not None and self._received is not None and self._sent is not None
@@ -330,11 +365,11 @@ class Replica:
         elif decision.rule == "diskless":
             self._establish()
         elif decision.outcome is Outcome.NO_GOOD_COPY or decision.rule == "just-created-both":
-            if decision.rule == "just-created-both":
-                self.volume.agree_size(min(self._sent.size_bytes, theirs.size_bytes))
+            self.volume.agree_size(min(self._sent.size_bytes, theirs.size_bytes))  # (they differ only if one is fresh)
             self.release()
         else:
             self._no_sync(theirs)
+        self.volume.serve_from_peer()
 
     def _establish(self) -> None:
         self.move(ReplicationMove.NO_SYNC)
@@ -366,6 +401,7 @@ class Replica:
             if lifted:
                 volume.become(DiskMove.PEER_NOT_NEWER)
                 self.disk = Disk.UP_TO_DATE
+                volume.start_serving()
             self._establish()
 
         if change(volume.ledger.wanted) == volume.ledger.wanted:
@@ -379,7 +415,22 @@ class Replica:
         """Something about this volume from this peer.  Returns what is wrong with it, or None."""
         if frame.kind is Kind.VOLUME_STATE:
             return self._on_state(frame)
+        if frame.kind is Kind.CURRENT_GENERATION:
+            return self._on_current_generation(frame)
         return self.steps.on_frame(frame)
+
+    def tell_generation(self, current: int) -> None:
+        """The peer has no disk and may live on our copy: which generation that is, before what is written in it."""
+        if self.link is not None and self.carried_out and self.disk is Disk.DISKLESS:
+            payload = pack_current_generation(current)
+            self.link.send(Frame(Kind.CURRENT_GENERATION, self.volume.number, payload=payload))
+
+    def _on_current_generation(self, frame: Frame) -> str | None:
+        generation = unpack_current_generation(frame.payload)
+        if self.replicating:  # else a round is coming, which says it again
+            self.generation = generation
+            self.volume.serve_from_peer()
+        return None
 
     # --- disks, writes, turns
 

@@ -33,6 +33,8 @@ WINDOW_START: Final = 2 << 20
 WINDOW_MAX: Final = 16 << 20
 FLUSH_BYTES: Final = 32 << 20  # unflushed copies before a flush is worth it
 SOURCE_BYTES_MAX: Final = 64 << 20  # outstanding at the source: our targets ask for less
+#: Ranges answered and not confirmed: a target confirms what it holds, 48 MiB at most, in blocks.
+SOURCE_RANGES_MAX: Final = 1 << 16
 BUSY_PAUSE_NS: Final = 20_000_000  # after a BUSY answer, before the next request
 SHRINK_INTERVAL_NS: Final = 100_000_000
 RETRY_NS: Final = 5_000_000_000  # before ranges the source could not read are asked for again
@@ -344,6 +346,8 @@ class SyncSource:
         """RESYNC_REQUEST.  Returns what is wrong with it, or None."""
         if frame.offset + frame.size > self._home.size:
             return f"resync request beyond the end: {frame.offset}+{frame.size} of {self._home.size}"
+        if len(self._answered) > SOURCE_RANGES_MAX:
+            return f"more than {SOURCE_RANGES_MAX} ranges copied and not confirmed"
         if self._bytes + frame.size > SOURCE_BYTES_MAX:
             return f"more than {SOURCE_BYTES_MAX} bytes of resync requests at once"
         self._bytes += frame.size

@@ -83,6 +83,7 @@ class ResyncSteps:
             volume.attached.bitmaps[self.peer].mark_all()
         if volume.disk is Disk.CONSISTENT:
             volume.become(DiskMove.PEER_NOT_NEWER)  # the only other copy has just been found older
+            volume.start_serving()
         self._send_bitmap()
         self._replica.move(ReplicationMove.BE_SOURCE)
         self._replica.release()
@@ -92,7 +93,7 @@ class ResyncSteps:
         volume, link = self.volume, self.link
         assert link is not None and volume.attached is not None
         self._source_disk = Disk(theirs.disk)
-        volume.serving = False
+        volume.stop_serving()
         was_inconsistent = volume.disk is Disk.INCONSISTENT
         volume.become(DiskMove.BECOME_TARGET)
         if same(volume.ledger.wanted.current, JUST_CREATED):
@@ -132,9 +133,7 @@ class ResyncSteps:
 
     def _full_sync_recorded(self) -> None:
         """Every bit of the full sync is on disk: from here a crash resumes instead of beginning again."""
-        volume = self.volume
-        if volume.attached is not None:
-            volume.ledger.save(lambda found: with_slot(found, self.peer, full_sync=False), lambda: None)
+        self.volume.ledger.save(lambda found: with_slot(found, self.peer, full_sync=False), lambda: None)
 
     def _source_go(self) -> None:
         """Step 2: the target is durably Inconsistent and its bits are known."""
@@ -155,6 +154,7 @@ class ResyncSteps:
         def durable() -> None:
             if self.link is not link or self.replication is not Replication.WF_BITMAP_S:
                 return
+            self._replica.generation = volume.ledger.durable.current  # what the peer is being made into
             self.sync = SyncSource(volume, volume.context, self.peer, link.send)
             self._replica.move(ReplicationMove.TARGET_READY)
             link.send(Frame(Kind.SYNC_START, volume.number))
@@ -186,7 +186,7 @@ class ResyncSteps:
             volume.become(DiskMove.SYNC_DONE)
             if not good:
                 volume.become(DiskMove.PEER_IS_NEWER)
-            volume.serving = volume.group.primary
+            volume.start_serving()
             self._replica.move(ReplicationMove.FINISHED)
             assert isinstance(sync, SyncTarget)
             volume.context.notice(

@@ -184,9 +184,7 @@ class Roles:
         """Durable step: PrimaryIndicator, with whatever the promotion changes in the lineage."""
         attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
         # A link may have come and gone meanwhile: what its Primary wrote has to be over.
-        self._wait_for(
-            {volume.number for volume in attached}, lambda: self._resource.when_quiet(self._become_primary)
-        )
+        self._wait_for({volume.number for volume in attached}, lambda: self._resource.when_quiet(self._become_primary))
         for volume in attached:
             trusted = (
                 self._force
@@ -221,6 +219,7 @@ class Roles:
                 self._context.notice(
                     "new-generation", volume=volume.number, current=f"{current:016x}", reason="promotion"
                 )
+                volume.tell_generation()
             self._volume_done(volume)
 
         if trusted and volume.disk is Disk.INCONSISTENT:
@@ -240,7 +239,8 @@ class Roles:
             return
         self.role = move(ROLE_MOVES, self.role, RoleMove.PROMOTED)
         for volume in self._resource.volumes.values():
-            volume.serving = volume.disk is Disk.UP_TO_DATE
+            volume.start_serving()
+            volume.serve_from_peer()
         self._context.notice("role", role=self.role.value)
         self._tell_peers(primary=True)
         self._end(None)
@@ -295,7 +295,7 @@ class Roles:
     def _become_secondary(self) -> None:
         self.role = move(ROLE_MOVES, self.role, RoleMove.DEMOTED)
         for volume in self._resource.volumes.values():
-            volume.serving = False
+            volume.serving, volume.exposed = False, UNSET
         self._context.notice("role", role=self.role.value)
         self._tell_peers(primary=False)
         self._end(None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replicator.core.connection import BY_OPERATOR
+from replicator.core.generations import EXPOSED_RULE
 from replicator.core.promotion import promotion_refusal, promotion_score
 from replicator.core.resync import SyncTarget
 from replicator.core.states import Connection as State
@@ -203,6 +204,12 @@ def _connection_reasons(resource: Resource, connection: Connection) -> list[dict
                 f"then on both: replicator connect {name}"
             )
             return [_entry(scope, "split-brain", text, do)]
+        if EXPOSED_RULE in connection.reason:
+            do = (
+                f"on the node that is Primary: replicator attach {name} if its own disk is whole; if not, stop its "
+                f"clients and make it Secondary: replicator secondary {name}; then on both: replicator connect {name}"
+            )
+            return [_entry(scope, EXPOSED_RULE, f"no connection is tried: {connection.reason}", do)]
         why = connection.reason or "nobody asked for a connection"
         if why in (BY_OPERATOR, "nobody asked for a connection"):
             return [_entry(scope, "standalone", f"no connection is tried: {why}", f"replicator connect {name}")]

@@ -82,6 +82,7 @@ class Volume:
         self.size = 0
         self.device_size = 0
         self.serving = False  # Primary on this copy (not one that was attached while Primary)
+        self.exposed = UNSET  # the generation our clients have seen, while it is not served from here (V11)
         self.error = ""  # why the last attach failed
         self.path = WritePath(self, context, log)
         self.replicas: dict[int, Replica] = {peer: Replica(self, peer) for peer in context.options.peers}
@@ -177,10 +178,8 @@ class Volume:
 
     def confirm(self, peer: int, offset: int, size: int) -> None:
         """The range is stable at the target of a resync (V2).  The one place where bits are cleared."""
-        if self.attached is not None:
-            first, count = whole_blocks_of(offset, size, self.size)
-            if count:
-                self.attached.bitmaps[peer].confirm(first, count)
+        assert self.attached is not None, "a resync ends with its disk"
+        self.attached.bitmaps[peer].confirm(*whole_blocks_of(offset, size, self.size))
 
     def next_dirty(self, peer: int, start: int, blocks_max: int) -> tuple[int, int] | None:
         """The next dirty run towards the peer."""
@@ -209,6 +208,35 @@ class Volume:
         ranges = [] if self.attached is None else self._hot_ranges(self.attached)
         self.disk = move(DISK_MOVES, self.disk, DiskMove.IO_ERROR)
         self._let_go(ranges)
+
+    # --- what our clients have seen (V11)
+
+    def start_serving(self) -> None:
+        """This copy became good data: a Primary serves it from now on."""
+        self.serving = self.group.primary and self.disk is Disk.UP_TO_DATE
+        if self.serving:
+            self.exposed = UNSET  # it is this copy's generation, whatever that becomes
+
+    def stop_serving(self) -> None:
+        """This copy is not served any more: remember the generation that was.
+
+        A fork that is asked for counts as made: what waits for it may have been acknowledged (V3).
+        """
+        if self.serving and self.attached is not None:
+            self.exposed = self.ledger.wanted.current
+        self.serving = False
+
+    def serve_from_peer(self) -> None:
+        """The clients of a Primary see a peer's copy: that generation is the exposed one."""
+        if self.group.primary and not self.serving:
+            for replica in self.replicas.values():
+                if replica.has_good_data:
+                    self.exposed = replica.generation
+
+    def tell_generation(self) -> None:
+        """Our copy is at another generation, durably: a peer that lives on it has to know."""
+        for replica in self.replicas.values():
+            replica.tell_generation(self.ledger.durable.current)
 
     # --- metadata
 
@@ -241,6 +269,7 @@ class Volume:
     def _rotated(self) -> None:
         self._rotating = False
         self.context.notice("new-generation", volume=self.number, current=f"{self.ledger.durable.current:016x}")
+        self.tell_generation()
         self.group.rotated()
 
     def save_pages(self, then: Callable[[], None]) -> None:
@@ -248,8 +277,7 @@ class Volume:
 
         One write at a time: a page that is on its way counts as changed until it has arrived, for everybody who waits.
         """
-        if self.attached is None:
-            return
+        assert self.attached is not None
         self._page_waiters.append(then)
         if not self._writing_pages:
             self._write_pages(self.attached)
@@ -261,10 +289,14 @@ class Volume:
         if complete:
             waiters, self._page_waiters = self._page_waiters, []
         if not pieces:
-            for then in waiters:
-                then()
+            self._pages_written(attached, waiters)
             return
         self._put_pages(attached, pieces, waiters)
+
+    def _pages_written(self, attached: Attached, waiters: list[Callable[[], None]]) -> None:
+        for then in waiters:
+            if self.attached is attached:  # one of them may have let the disk go
+                then()
 
     def _put_pages(
         self, attached: Attached, pieces: list[tuple[int, bytes]], waiters: list[Callable[[], None]]
@@ -279,8 +311,7 @@ class Volume:
             if event.error:
                 self.disk_error("metadata write", event.error)
                 return
-            for then in waiters:
-                then()
+            self._pages_written(attached, waiters)
             if self._page_waiters and not self._writing_pages and self.attached is attached:
                 self._write_pages(attached)
 
@@ -291,29 +322,29 @@ class Volume:
         if self.attached is None:
             then()
             return
-        self.save_pages(lambda: self._empty_log(then))
-
-    def _empty_log(self, then: Callable[[], None]) -> None:
         attached = self.attached
-        if attached is None:
-            return
+        self.save_pages(lambda: self._empty_log(attached, then))
+
+    def _empty_log(self, attached: Attached, then: Callable[[], None]) -> None:
         transaction = attached.log.plan_empty(self.log.retired)
         if transaction is None:
             then()  # a request came in between: the log stays as it is, which costs a resync at most
             return
 
         def done(_: None, event: DiskDone) -> None:
-            if self.attached is attached:
-                attached.log.done()
-            self._metadata_done(event, then)
+            self._metadata_done(attached, event, then)
 
         token = self.context.ask(done, None)
         self.context.out.append(WriteMeta(self.number, token, ((transaction.offset, transaction.block),)))
 
-    def _metadata_done(self, event: DiskDone, then: Callable[[], None]) -> None:
+    def _metadata_done(self, attached: Attached, event: DiskDone, then: Callable[[], None]) -> None:
+        """A transaction of the activity log ended; if the disk was let go meanwhile, nobody waits for it."""
+        if self.attached is not attached:
+            return
         if event.error:
             self.disk_error("metadata write", event.error)
-        elif self.attached is not None:
+        else:
+            attached.log.done()
             then()
 
     def settle(self) -> None:
@@ -334,8 +365,7 @@ class Volume:
     def _next_transaction(self, attached: Attached) -> None:
         transaction = attached.log.plan(self.log.retired)
         if transaction is None:
-            if attached.log.starved:
-                self.log.close()
+            self.log.close()  # no room: what holds the extents has to retire
             return
         pages: dict[int, set[int]] = {}
         blocks = block_count(self.size)
@@ -351,10 +381,7 @@ class Volume:
             self.context.out.append(WriteMeta(self.number, token, block))
 
         def done(_: None, event: DiskDone) -> None:
-            if self.attached is attached:
-                if not event.error:
-                    attached.log.done()
-                self._metadata_done(event, self.path.wake_cold)
+            self._metadata_done(attached, event, self.path.wake_cold)
 
         if pieces:
             self._put_pages(attached, pieces, [write_block])
@@ -418,31 +445,26 @@ class Volume:
 
     def shut(self) -> None:
         """Close the disk at the end of the process: nothing is told to the peer, nothing marked."""
-        if self.disk is Disk.DISKLESS:
-            return
-        if self.disk is Disk.ATTACHING:
-            self._attaching = None
-            self.context.out.append(CloseDisk(self.number))
-        elif self.disk not in (Disk.FAILED, Disk.DETACHING):
-            self.disk = move(DISK_MOVES, self.disk, DiskMove.DETACH)
-            self.context.out.append(CloseDisk(self.number))
-        self.attached = None
+        assert self.attached is not None
+        attached, self.attached = self.attached, None
+        attached.ledger.abandon()
+        self._rotating = self._writing_pages = False
+        self._page_waiters.clear()
+        self.disk = move(DISK_MOVES, self.disk, DiskMove.DETACH)
+        self.context.out.append(CloseDisk(self.number))
+        self.group.disk_lost(self)
 
     def _hot_ranges(self, attached: Attached) -> list[tuple[int, int]]:
-        ranges = []
-        for extent in attached.log.hot():
-            start = extent * EXTENT
-            if start < self.size:
-                ranges.append((start, min(EXTENT, self.size - start)))
-        return ranges
+        starts = [extent * EXTENT for extent in attached.log.hot()]
+        return [(start, min(EXTENT, self.size - start)) for start in starts]
 
     def _let_go(self, ranges: list[tuple[int, int]]) -> None:
         """Decision 0001, "Disk failure": mark the disk Outdated, tell the peer, freeze replies until both are done."""
+        self.stop_serving()
         attached, self.attached = self.attached, None
         self._attaching = None
         self._rotating = self._writing_pages = False
         self._page_waiters.clear()
-        self.serving = False
         self.path.frozen = True
         self._farewells = set()
         self._refused = False
@@ -496,7 +518,7 @@ class Volume:
             self.context.notice("disk-state", volume=self.number, disk=self.disk.word, reason=happened.value)
 
     def agree_size(self, size: int) -> None:
-        """Both copies are fresh: the volume is as large as the smaller disk."""
+        """One copy is fresh, or both: the volume is as large as the smaller disk."""
         assert self.attached is not None and 0 < size <= self.device_size
         if size == self.size:
             return

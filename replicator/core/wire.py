@@ -75,6 +75,7 @@ class Kind(IntEnum):
     DISK_STATE_ACK = 16  #: marked and durable
     NEW_GENERATION = 17  #: take this current generation id
     NEW_GENERATION_ACK = 18  #: durable
+    CURRENT_GENERATION = 19  #: the copy you live on is at this generation now
     WRITE = 20  #: write this
     TRIM = 21  #: the range is not needed any more
     ZERO = 22  #: the range becomes zeroes
@@ -153,7 +154,7 @@ RULES: Final[dict[Kind, Rule]] = {
     Kind.ROLE: Rule(length_min=1, length_max=1, link_wide=True),
     Kind.ROLE_REQUEST: _LINK_ANSWER,
     Kind.ROLE_REPLY: Rule(length_min=1, length_max=1, sequence=True, link_wide=True),
-    Kind.VOLUME_STATE: Rule(length_min=35, length_max=HANDSHAKE_MAX, unit=8, flags=Flag.ASK, sequence=True),
+    Kind.VOLUME_STATE: Rule(length_min=43, length_max=HANDSHAKE_MAX, unit=8, flags=Flag.ASK, sequence=True),
     Kind.BITMAP: Rule(length_min=1, length_max=CONTROL_MAX, size_max=BITMAP_RANGE_MAX, offset_unit=BLOCK),
     Kind.BITMAP_END: _BARE,
     Kind.SYNC_READY: _BARE,
@@ -162,6 +163,7 @@ RULES: Final[dict[Kind, Rule]] = {
     Kind.DISK_STATE_ACK: _ANSWER,
     Kind.NEW_GENERATION: Rule(length_min=9, length_max=9, sequence=True),
     Kind.NEW_GENERATION_ACK: _ANSWER,
+    Kind.CURRENT_GENERATION: Rule(length_min=8, length_max=8),
     Kind.WRITE: _data(flags=Flag.FUA),
     Kind.TRIM: Rule(size_max=RANGE_MAX, flags=Flag.FUA, sequence=True),
     Kind.ZERO: Rule(size_max=RANGE_MAX, flags=Flag.FUA | Flag.KEEP, sequence=True),

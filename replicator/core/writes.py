@@ -130,10 +130,12 @@ class WritePath:
     def _advance(self, write: Write) -> None:
         home = self._home
         own = write.origin == self._me
-        if (self.held or self.draining or home.crowded()) if own else self.held_peer:
+        lock = write.lock
+        # A detach waits for what holds a lock, and for what waits behind it: that must not stop here.
+        draining = self.draining and not lock.granted
+        if (self.held or draining or home.crowded()) if own else self.held_peer:
             self._parked.append(write)
             return
-        lock = write.lock
         if not lock.granted and (lock.held or not self.locks.take(lock)):
             return
         if own and not home.writable():
@@ -214,17 +216,14 @@ class WritePath:
 
     def drop_unlaunched(self, peer: int) -> None:
         """The link is gone: replicated writes that no gate let through were never acknowledged in any way."""
-        for queue in (self._parked,):
-            for _ in range(len(queue)):
-                write = queue.popleft()
-                if write.origin == peer:
-                    write.arrival[0].dropped(write)
-                    self.in_flight -= 1
-                    self._peer_in_flight -= 1
-                    if write.lock.granted:
-                        self.locks.release(write.lock)
-                else:
-                    queue.append(write)
+        for _ in range(len(self._parked)):
+            write = self._parked.popleft()
+            if write.origin == peer:
+                assert not write.lock.held, "gate 1 closes for a peer only when none of its writes is behind it"
+                self.in_flight -= 1
+                self._peer_in_flight -= 1
+            else:
+                self._parked.append(write)
         self._peers_quiet()
 
     def _check(self, write: Write) -> None:
@@ -281,14 +280,15 @@ class WritePath:
         self.wake_all()
 
     def flush_done(self, token: int) -> None:
-        """A FLUSH is answered, unless the reply must wait for a fork point or a failing disk."""
+        """A FLUSH is answered, unless the reply must wait for a fork point, a failing disk or a round."""
         unforked = self._home.missed() and not self._home.forked(self._home.absent(self._me))
         if unforked:
             self._home.rotate()
-        if self.frozen or unforked:
+        writable = self._home.writable()
+        if self.frozen or unforked or (self.held and not writable):  # a round decides soon who has good data
             self._ripe_flushes.append(token)
         else:
-            self._context.out.append(Reply(token, 0 if self._home.writable() else errno.EIO))
+            self._context.out.append(Reply(token, 0 if writable else errno.EIO))
 
     # --- gates open
 

@@ -139,10 +139,6 @@ class NbdSession:
             return False
         return self._incoming is not None or not self._full()
 
-    def tokens_in_flight(self) -> list[int]:
-        """The tokens not answered yet."""
-        return list(self._waiting)
-
     def take_requests(self) -> list[Request]:
         """The pieces of work accepted since the last call, in the client's order."""
         requests, self._requests = self._requests, []
@@ -251,10 +247,8 @@ class NbdSession:
         return held >= c.IN_FLIGHT_BYTES_MAX or len(self._waiting) >= c.IN_FLIGHT_COUNT_MAX
 
     def _resume(self) -> None:
-        """Go on with bytes that waited for room."""
-        if self.closing:
-            self._paused = False
-        elif not self._full():
+        """Go on with bytes that waited for room (a session that closes keeps none)."""
+        if not self._full():
             self._paused = False
             rest, self._rest = self._rest, b""
             self._transmit(memoryview(rest), 0)

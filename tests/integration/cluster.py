@@ -17,10 +17,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, Final, Self
 
 from replicator.control.client import call, stream
 from replicator.drivers.nbd_client import NbdClient
@@ -33,6 +33,9 @@ GIVE_UP_S = 30.0
 PROJECT = Path(__file__).resolve().parents[2]
 
 Status = Mapping[str, Any]
+
+#: How fast a dead peer is noticed; `timing` of `TwoNodes` overrides single values.
+TIMING: Final[Mapping[str, str]] = {"connect-interval": "500ms", "timeout": "400ms", "ping-timeout": "300ms"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -55,6 +58,9 @@ class TwoNodes:
 
     `metadata` is "internal" or "external", `io` "direct" or "buffered", `security` "clear" or "tls"; `net`
     and `disk` are further lines of those sections.
+
+    `timing` replaces values of `TIMING`.  `hosts` and `prefix` (a command that starts another one) put nodes into
+    network namespaces; `disks` and `metadata_files` name files that exist already, by node, for volume 0.
     """
 
     def __init__(
@@ -68,14 +74,25 @@ class TwoNodes:
         volumes: int = 1,
         net: str = "",
         disk: str = "",
+        protocol: str = "C",
+        timing: Mapping[str, str] = MappingProxyType({}),
+        hosts: Mapping[str, str] = MappingProxyType({}),
+        prefix: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        disks: Mapping[str, Path] = MappingProxyType({}),
+        metadata_files: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self.base = tmp_path
+        self._hosts = dict.fromkeys(NODES, "127.0.0.1") | dict(hosts)
+        self._prefix = {node: list(prefix.get(node, ())) for node in NODES}
+        self._disks = disks
+        self._metadata_files = metadata_files
         self.volumes = range(volumes)
         # A socket's path is short; pytest's directories are not.
         self._short = Path(tempfile.mkdtemp(prefix="rep-"))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs: dict[str, Path] = {}
-        text = self._config(metadata, io, security, net, disk)
+        net = "\n".join([*(f'{key} = "{value}"' for key, value in {**TIMING, **timing}.items()), net])
+        text = self._config(protocol, metadata, io, security, net, disk)
         for node in NODES:
             for directory in (self.config_dir(node), self.run_dir(node), self._disk_dir(node)):
                 directory.mkdir(parents=True)
@@ -83,8 +100,9 @@ class TwoNodes:
             path.write_text(text)
             path.chmod(0o644)
             for volume in self.volumes:
-                with self.disk(node, volume).open("wb") as file:
-                    file.truncate(size_bytes)
+                if self.disk(node, volume).parent == self._disk_dir(node):
+                    with self.disk(node, volume).open("wb") as file:
+                        file.truncate(size_bytes)
 
     # -- places --------------------------------
 
@@ -101,7 +119,14 @@ class TwoNodes:
         return self.base / node / "disks"
 
     def disk(self, node: str, volume: int = 0) -> Path:
+        if volume == 0 and node in self._disks:
+            return self._disks[node]
         return self._disk_dir(node) / f"{volume}.img"
+
+    def _metadata(self, node: str, volume: int) -> Path:
+        if volume == 0 and node in self._metadata_files:
+            return self._metadata_files[node]
+        return self._disk_dir(node) / f"{volume}.md"
 
     def control(self, node: str) -> str:
         return str(self.run_dir(node) / "r0.sock")
@@ -118,13 +143,11 @@ class TwoNodes:
             "REPLICATOR_NODE": node,
         }
 
-    def _config(self, metadata: str, io: str, security: str, net: str, disk: str) -> str:
+    def _config(self, protocol: str, metadata: str, io: str, security: str, net: str, disk: str) -> str:
         lines = [
+            *([f'protocol = "{protocol}"'] if protocol != "C" else []),
             "[net]",
             f'security = "{security}"',
-            'connect-interval = "500ms"',
-            'timeout = "400ms"',
-            'ping-timeout = "300ms"',
             net,
             "[disk]",
             f'io = "{io}"',
@@ -134,11 +157,11 @@ class TwoNodes:
         ]
         lines += [f"[volume.{volume}]" for volume in self.volumes]
         for number, (node, port) in enumerate(zip(NODES, free_ports(2), strict=True)):
-            lines += [f"[node.{node}]", f"id = {number}", f'address = "127.0.0.1:{port}"']
+            lines += [f"[node.{node}]", f"id = {number}", f'address = "{self._hosts[node]}:{port}"']
             for volume in self.volumes:
                 lines += [f"[node.{node}.volume.{volume}]", f'disk = "{self.disk(node, volume)}"']
                 if metadata == "external":
-                    lines.append(f'metadata = "{self._disk_dir(node) / f"{volume}.md"}"')
+                    lines.append(f'metadata = "{self._metadata(node, volume)}"')
         return "\n".join(lines) + "\n"
 
     # -- doing --------------------------------
@@ -179,7 +202,7 @@ class TwoNodes:
         log = self._logs.setdefault(node, self.base / f"{node}.log")
         with log.open("ab") as output:
             self.processes[node] = subprocess.Popen(
-                [sys.executable, "-m", "replicator", "run", "r0", "--ready-fd", str(writer)],
+                [*self._prefix[node], sys.executable, "-m", "replicator", "run", "r0", "--ready-fd", str(writer)],
                 env=self.environment(node),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

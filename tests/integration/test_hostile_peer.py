@@ -216,7 +216,7 @@ EARLY: Final[dict[str, tuple[list[Frame], str]]] = {
         [Frame(Kind.DISK_STATE, sequence=1, payload=hw.pack_disk_state(9))],
         "only the loss of a disk is told this way",
     ),
-    "state-nonsense": ([Frame(Kind.VOLUME_STATE, sequence=1, payload=b"\xff" * 35)], "VOLUME_STATE with the value 255"),
+    "state-nonsense": ([Frame(Kind.VOLUME_STATE, sequence=1, payload=b"\xff" * 43)], "VOLUME_STATE with the value 255"),
     "state-round-0": (
         [Frame(Kind.VOLUME_STATE, payload=VolumeState(disk=9, size_bytes=MIB, current=2).pack())],
         "round 0",

@@ -18,6 +18,7 @@ from replicator.core.geometry import ACTIVITY_OFFSET, BLOCK, PAGE, SECTOR
 from replicator.core.handshake_wire import (
     RoleAnswer,
     VolumeState,
+    unpack_current_generation,
     unpack_disk_state,
     unpack_errno,
     unpack_generation,
@@ -143,6 +144,8 @@ def _control_words(frame: Frame, names: Generations) -> str:
         case Kind.NEW_GENERATION:
             fresh, clear = unpack_generation(payload)
             return names.name(fresh) + (" clear bitmap" if clear else "")
+        case Kind.CURRENT_GENERATION:
+            return names.name(unpack_current_generation(payload))
         case Kind.BARRIER | Kind.BARRIER_ACK:
             return str(frame.sequence)
     return ""
@@ -162,6 +165,8 @@ def _state_words(state: VolumeState, names: Generations) -> str:
     parts = [f"{Disk(state.disk).word} {names.name(state.current)}"]
     if state.bitmap_id:
         parts.append(f"fork {names.name(state.bitmap_id)}")
+    if state.exposed:
+        parts.append(f"exposed {names.name(state.exposed)}")
     if state.history:
         parts.append(f"history {' '.join(map(names.name, state.history))}")
     if state.dirty_count:

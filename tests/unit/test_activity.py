@@ -246,6 +246,16 @@ def test_misuse_is_a_broken_invariant() -> None:
             ActivityLog(size, 0)
 
 
+def test_a_transaction_that_completed_and_rotted_makes_the_hot_set_unknown_and_says_so() -> None:
+    ring, log = Ring(), ActivityLog(1008, 8)
+    log.want(range(100, 1100))
+    transaction = planned(log)
+    ring.write(transaction)
+    ring.raw[transaction.offset - ACTIVITY_OFFSET + 2 * SECTOR] ^= 1
+    found = recover(bytes(ring.raw))
+    assert found.unknown and found.notes == ("a transaction of the activity log newer than 8 may be lost",)
+
+
 class Writer:
     """Launches a request when all its extents are hot; checks what a crash after each step would find."""
 

@@ -90,6 +90,7 @@ class Attempt:
         self.errors: list[int] = []
         self.steps: list[WriteMeta] = []
         self.flushed_after: list[list[str]] = []  # what had been written when the data was flushed
+        self.flush_error = 0
         attaching = Attaching(self.context, volume, PEERS, self._done, self.refused.append, self.errors.append)
         attaching.begin(image.opened(size))
 
@@ -102,7 +103,7 @@ class Attempt:
         for action in [action for action in self.context.out if isinstance(action, FlushData)]:
             self.context.out.remove(action)
             self.flushed_after.append([kind_of(step) for step in self.steps])
-            self.context.complete(DiskDone(action.token, 0))
+            self.context.complete(DiskDone(action.token, self.flush_error))
         writes = [action for action in self.context.out if isinstance(action, WriteMeta)]
         assert len(writes) <= 1
         return writes[0] if writes else None
@@ -273,6 +274,11 @@ REFUSED: dict[str, tuple[Image, dict[str, int], str]] = {
         {},
         "no slot for bravo",
     ),
+    "a device that grew before its size was agreed": (
+        Image(replace(START, size_bytes=0)),
+        {"size": SIZE * 2},
+        f"bitmap slots of {START.slot_bytes} bytes are too small for {SIZE * 2} bytes",
+    ),
 }
 
 
@@ -307,6 +313,17 @@ def test_a_metadata_write_that_fails_ends_the_attempt_and_is_told_once(good_step
         attempt.step()
     attempt.step(errno.EIO)
     assert attempt.errors == [errno.EIO] and attempt.attached is None and not attempt.step()
+
+
+def test_data_that_cannot_be_flushed_ends_the_attempt_and_the_log_still_names_it() -> None:
+    image = Image()
+    image.put_log((1,))
+    attempt = Attempt(image)
+    attempt.flush_error = errno.EIO
+    while attempt.step():
+        pass
+    assert attempt.errors == [errno.EIO] and attempt.attached is None
+    assert image.hot().extents == (1,)
 
 
 def test_a_later_write_goes_to_the_superblock_copy_that_is_not_the_newest() -> None:

@@ -117,3 +117,13 @@ def test_an_empty_data_device_is_refused() -> None:
 def test_align() -> None:
     assert [geometry.align_down(n, 8) for n in (0, 7, 8, 9)] == [0, 0, 8, 8]
     assert [geometry.align_up(n, 8) for n in (0, 7, 8, 9)] == [0, 8, 8, 16]
+
+
+def test_an_empty_range_touches_no_block() -> None:
+    assert geometry.blocks_of(3 * BLOCK + 5, 0) == (3, 0)
+
+
+def test_an_area_too_small_for_its_bitmaps_is_refused_with_the_size_it_needs() -> None:
+    needed = geometry.area_bytes(1 << 40, 2)
+    with pytest.raises(DiskError, match=f"it needs {needed} bytes"):
+        geometry.external_layout(needed - PAGE, 1 << 40, 2)

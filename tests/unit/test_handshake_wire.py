@@ -47,6 +47,7 @@ volume_states = st.builds(
     current=u64,
     bitmap_id=u64,
     dirty_count=u64,
+    exposed=u64,
     history=st.lists(u64, max_size=32).map(tuple),
 )
 UNPACKERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
@@ -57,6 +58,7 @@ UNPACKERS: dict[str, tuple[bytes, Callable[[bytes], object]]] = {
     "ROLE_REPLY": (payloads.pack_role_reply(RoleAnswer.I_AM_ASKING), payloads.unpack_role_reply),
     "SYNC_PAUSE": (payloads.pack_sync_pause(True), payloads.unpack_sync_pause),
     "NEW_GENERATION": (payloads.pack_generation(1 << 60, clear_bitmap=True), payloads.unpack_generation),
+    "CURRENT_GENERATION": (payloads.pack_current_generation(1 << 60), payloads.unpack_current_generation),
     "failure": (payloads.pack_errno(5), payloads.unpack_errno),
     "WRITTEN": (payloads.pack_sequences([1]), payloads.unpack_sequences),
     "RESYNC_CONFIRM": (payloads.pack_ranges([(4096, 512)]), payloads.unpack_ranges),
@@ -223,15 +225,22 @@ def test_a_confirmed_range_is_block_aligned_and_not_beyond_the_end(pair: tuple[i
         (payloads.unpack_sync_pause, b"\x02"),
         (payloads.unpack_errno, bytes(4)),
         (payloads.unpack_generation, bytes(8) + b"\x02"),
+        (payloads.unpack_current_generation, bytes(7) + b"\x07"),
         (payloads.unpack_disk_state, b"\x0a" + bytes(4)),
         (payloads.unpack_disk_state, b"\x00" + b"\xff" * 4),
-        (VolumeState.unpack, b"\x0a" + bytes(34)),
-        (VolumeState.unpack, b"\x09\x40" + bytes(33)),
-        (VolumeState.unpack, b"\x09" + bytes(8) + b"\x01" + bytes(25)),
-        (VolumeState.unpack, b"\x00" + bytes(7) + b"\x10\x00" + bytes(25)),
-        (VolumeState.unpack, b"\x09" + bytes(33) + b"\x21" + bytes(33 * 8)),
+        (VolumeState.unpack, b"\x0a" + bytes(42)),
+        (VolumeState.unpack, b"\x09\x40" + bytes(41)),
+        (VolumeState.unpack, b"\x09" + bytes(8) + b"\x01" + bytes(33)),
+        (VolumeState.unpack, b"\x00" + bytes(7) + b"\x10\x00" + bytes(33)),
+        (VolumeState.unpack, b"\x09" + bytes(41) + b"\x21" + bytes(33 * 8)),
     ],
 )
 def test_values_outside_the_specification_are_refused(unpack: Callable[[bytes], object], payload: bytes) -> None:
     with pytest.raises(ProtocolError):
         unpack(payload)
+
+
+def test_a_goodbye_too_large_for_its_frame_is_refused() -> None:
+    assert payloads.unpack_goodbye(b"\x01" + b"x" * 1023) == (1, "x" * 1023)
+    with pytest.raises(ProtocolError, match="1024 are allowed"):
+        payloads.unpack_goodbye(b"\x01" + b"x" * 1024)

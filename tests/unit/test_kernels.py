@@ -83,3 +83,18 @@ def test_scans_end_at_their_end_although_more_would_follow() -> None:
     assert kernels.zero_bytes_end(bytearray(100000), 5, 70000) == 70000
     assert kernels.next_run(bytearray(b"\xff" * 20), 3, 17, 1000) == (3, 14)
     assert kernels.next_run(bytearray(b"\0\0\xff"), 0, 16, 8) is None
+
+
+def test_a_range_of_no_bits_has_none_and_changes_none() -> None:
+    bits = bits_of({0, 1, 2, 3})
+    before = bytes(bits)
+    assert kernels.set_range(bits, 4, 0) == kernels.clear_range(bits, 0, 0) == kernels.count_range(bits, 0, 0) == 0
+    assert kernels.any_in_range(bits, 0, 0) is False
+    assert bits == before
+
+
+def test_bits_of_one_byte_are_told_from_their_neighbours() -> None:
+    bits = bits_of({8, 15})
+    assert kernels.count_range(bits, 9, 6) == 0 and kernels.any_in_range(bits, 9, 6) is False
+    assert kernels.set_range(bits, 9, 6) == 6 and kernels.count_range(bits, 8, 8) == 8
+    assert kernels.clear_range(bits, 9, 6) == 6 and bits == bits_of({8, 15})

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.faults.linearizable import INITIAL, Kind, Operation, by_search, prefixes, unflushed, violations
+from tests.faults.linearizable import (
+    INITIAL,
+    Kind,
+    Operation,
+    by_search,
+    epoch_prefixes,
+    prefixes,
+    unflushed,
+    violations,
+)
 
 
 def write(value: int, invoked: int, returned: int | None, *, block: int = 0) -> Operation:
@@ -206,3 +215,13 @@ def test_every_prefix_is_recognised(blocks: list[int], data: st.DataObject) -> N
     length = data.draw(st.integers(0, len(order)))
     held = dict.fromkeys(range(3), INITIAL) | dict(order[:length])
     assert length in prefixes(order, held)
+
+
+def test_after_a_power_cut_part_of_one_epoch_may_be_missing_and_nothing_of_an_earlier_one() -> None:
+    epochs = [[(0, 1), (1, 2)], [(0, 3), (1, 4)], [(0, 5)]]
+    assert epoch_prefixes(epochs, {0: 1, 1: 4}) == [1]
+    assert epoch_prefixes(epochs, {0: 3, 1: 4}) == [1, 2]
+    assert epoch_prefixes(epochs, {0: 5, 1: 4}) == [2, 3]
+    assert epoch_prefixes(epochs, {0: INITIAL, 1: INITIAL}) == [0]
+    assert epoch_prefixes(epochs, {0: INITIAL, 1: 4}) == []  # 4 is of a later epoch than the missing 1
+    assert epoch_prefixes(epochs, {0: 5, 1: 2}) == []

@@ -284,6 +284,19 @@ def test_writes_that_are_not_acknowledged_end_the_link_although_pings_are_answer
     assert m.identical()
 
 
+def test_with_ko_count_0_a_peer_that_answers_pings_is_never_given_up() -> None:
+    m = Mirror(primary=0, ping_interval_ns=SECOND, timeout_ns=SECOND, ko_count=0)
+    m.write(m.alpha, 3, 6)
+    assert m.state(m.alpha) == "Connected" and not m.notices(m.alpha, "new-generation")
+    m.on_frame(Kind.WRITE, lambda: m.world.after(0, lambda: m.slow_disks(30_000_000)))
+    asked = m.ask(m.alpha, Io.WRITE, 3, value=7)
+    m.pause(10 * MS)
+    m.fast_disks()
+    assert m.wait(asked).error == 0
+    assert m.state(m.alpha) == "Connected" and m.state(m.beta) == "Connected"
+    assert not any("acknowledge" in str(notice.fields["reason"]) for notice in m.notices(m.alpha, "connection-state"))
+
+
 def test_a_handshake_that_hangs_is_given_up_and_tried_again() -> None:
     m = Mirror()
     m.cut()

@@ -219,3 +219,25 @@ def test_a_failed_flush_of_the_peer_is_no_error_and_its_copy_is_known_to_lack_th
     m.flush(m.alpha)
     m.run(lambda: m.disk(m.beta) == "Diskless")
     assert m.disk(m.alpha) == "UpToDate" and 3 in m.dirty(m.alpha)
+
+
+def test_a_flush_while_an_attached_disk_is_being_compared_waits_for_the_decision() -> None:
+    """The peer has everything; that its copy counts is only not agreed again yet.  It must not be an error."""
+    m = Mirror(primary=0)
+    m.write(m.alpha, 3, 6)
+    m.lose_disk(m.alpha)
+    m.run(lambda: m.disk(m.alpha) == "Diskless")
+    m.write(m.alpha, 3, 7)
+    m.flush(m.alpha)  # so that the next one waits for nothing else
+    m.alpha.disks[0].broken = False
+    m.stall_at(Kind.VOLUME_STATE, m.beta)
+    m.begin(m.alpha, "attach")
+    m.run(lambda: m.disk(m.alpha) == "Consistent")
+    flush, read, write = (m.ask(m.alpha, io, 3, value=8) for io in (Io.FLUSH, Io.READ, Io.WRITE))
+    m.pause(100 * MS)
+    assert flush.reply is None and read.reply is None and write.reply is None
+    m.hooks.clear()
+    m.stall(m.beta, stalled=False)
+    assert m.wait(flush).error == 0 and m.wait(read).error == 0 and m.wait(write).error == 0
+    m.establish()
+    assert m.identical()

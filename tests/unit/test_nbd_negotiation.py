@@ -181,6 +181,24 @@ def test_metadata_contexts(code: int, queries: list[bytes], context: int | None)
     assert drain(session) == answer(8, 1) + told + answer(code, 1)
 
 
+@pytest.mark.parametrize("code", [9, 10])
+@pytest.mark.parametrize(
+    ("body", "kind", "reason"),
+    [
+        (counted(b"r0/0") + bytes(4) + b"x", 0x80000003, b"1 bytes follow the last query"),
+        (counted(b"nobody") + bytes(4), 0x80000006, b""),
+    ],
+)
+def test_a_metadata_context_that_cannot_be_is_refused(code: int, body: bytes, kind: int, reason: bytes) -> None:
+    session = make()
+    drain(session)
+    session.receive(CLIENT + option(8) + option(code, body))
+    said = drain(session).removeprefix(answer(8, 1))
+    assert said.startswith(answer(code, kind)[:16]) and reason in said
+    session.receive(go(b"r0/0"))
+    assert session.state is State.TRANSMISSION, "the client may go on"
+
+
 @pytest.mark.parametrize(
     ("after", "works"),
     [

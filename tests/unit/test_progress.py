@@ -114,3 +114,20 @@ def test_nothing_was_waited_for_nothing_is_printed() -> None:
     written: list[str] = []
     ProgressPrinter("sync", written.append, lambda: 0.0, columns=80).finish()
     assert written == []
+
+
+def test_the_last_state_is_printed_wherever_it_goes() -> None:
+    written: list[str] = []
+    seconds = iter((0.0, 1.0))
+    printer = ProgressPrinter("sync", written.append, lambda: next(seconds))
+    printer.update(0, 2)
+    printer.update(2, 2)  # too soon for a line of its own
+    printer.finish()
+    assert len(written) == 2 and "100.0%" in written[-1] and written[-1].endswith("\n")
+
+
+def test_two_observations_at_one_moment_say_nothing_about_the_pace() -> None:
+    pace = Pace()
+    pace.observe(1.0, 0, 1000)
+    assert pace.observe(1.0, 500, 1000) == Progress(500, 1000, None, None)
+    assert pace.observe(2.0, 500, 1000).rate_bytes_s == 500.0

@@ -212,3 +212,25 @@ def test_objects_come_outside_in_and_go_inside_out() -> None:
     gone = event_lines(healthy(), None)
     assert [line.split()[:2] for line in gone] == [["destroy", kind] for kind in reversed(kinds)]
     assert gone[0] == "destroy peer-device name:r0 peer-node-id:1 conn-name:beta volume:0"
+
+
+def test_a_minor_number_is_shown_to_those_who_want_all() -> None:
+    status = healthy()
+    status["devices"][0]["minor"] = 7
+    assert "minor:7" not in status_text([status])
+    assert "  volume:0 minor:7 disk:UpToDate open:no\n" in status_text([status], verbose=True)
+
+
+def test_progress_is_an_event_while_it_lasts() -> None:
+    after = copy.deepcopy(syncing())
+    after["connections"][0]["peer_devices"][0]["percent-resync-done"] = 50.0
+    assert event_lines(syncing(), after, diff=True) == [
+        "change peer-device name:r0 peer-node-id:1 conn-name:beta volume:0 done:28.94->50.00"
+    ]
+
+
+def test_progress_that_is_no_number_is_unknown() -> None:
+    status = syncing()
+    for odd in (None, True, "most"):
+        status["connections"][0]["peer_devices"][0]["percent-resync-done"] = odd
+        assert " done:unknown\n" in status_text([status])
