@@ -235,11 +235,12 @@ class NothingAfterDemotion(Checker):
     invariants = ("I-6", "I-27")
 
     def answered(self, node: Node, verb: str, answer: CommandDone) -> None:
-        if verb != "secondary" or not answer.ok or node.resource is None:
-            return
-        waiting = node.writes
-        if waiting and node.resource.roles.role is not Role.PRIMARY:
-            self.run.fail(self, f"demoted with {len(waiting)} writes unanswered")
+        if verb == "secondary" and answer.ok:
+            self.run.world.after(1, lambda: self._check(node))  # when the turn is over
+
+    def _check(self, node: Node) -> None:
+        if node.writes and node.resource is not None and node.resource.roles.role is not Role.PRIMARY:
+            self.run.fail(self, f"demoted with {len(node.writes)} writes unanswered")
 
 
 class GoodDataForPromotion(Checker):

@@ -97,6 +97,8 @@ class Manager:
             source, branch = run.other(node), run.branch_of[node.id]
             if source.id in branch.holding[notice.fields["volume"]]:
                 branch.caught_up(notice.fields["volume"], {node.id})
+        if notice.code == "disk-failed" and not run.branch_of[node.id].loses(node.id, notice.fields["volume"]):
+            run.branch_of[node.id].all_lost_power(notice.fields["volume"])  # what was not FLUSHed is uncertain
         if notice.code == "role" and notice.fields["role"] == "Secondary":
             for oracle in run.branch_of[node.id].oracles.values():
                 oracle.settled()  # clients that were cut off heard no answer; nothing is written later

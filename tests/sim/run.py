@@ -133,6 +133,11 @@ class Run:
         here = {node.id} if volume.disk is DiskState.UP_TO_DATE else set()
         return here | {peer for peer, replica in volume.replicas.items() if replica.has_good_data}
 
+    def good(self, who: int, number: int) -> bool:
+        """This node itself calls its copy UpToDate (a Primary may not have heard yet that it is not)."""
+        resource = self.world.nodes[who].resource
+        return resource is not None and resource.volumes[number].disk is DiskState.UP_TO_DATE
+
     def refresh_authority(self) -> None:
         """Copies that caught up count again."""
         primaries = self.primaries()
@@ -140,7 +145,7 @@ class Run:
             if self.caught_up(node):
                 branch = self.branch_of[node.id]
                 for number in branch.holding:
-                    branch.caught_up(number, self.holders(node, number))
+                    branch.caught_up(number, {who for who in self.holders(node, number) if self.good(who, number)})
         if not primaries and self.established():
             for branch in self.branch_of.values():
                 for number in branch.holding:
@@ -161,7 +166,7 @@ class Run:
     def fork(self, node: Node) -> None:
         """This node is promoted though others may know more: a history of its own begins with what it has."""
         old = self.branch_of[node.id]
-        complete = all(node.id in holding for holding in old.holding.values())
+        complete = not any(oracle.lacks(node.disks[number].data.seen) for number, oracle in old.oracles.items())
         oracles = {}
         for number, oracle in old.oracles.items():
             area = node.disks[number].data.seen
