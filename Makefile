@@ -3,10 +3,10 @@
 
 .PHONY: test demo clean
 
-# lint, types, layers, unit, integration; on a fresh Debian 12: python3-venv, make, git are enough
+# lint, types, layers, unit, seeds, coverage, integration, faults; on a fresh Debian 12: python3-venv, make, git are enough
 test:
 	@tests/bootstrap test
-	@.venv/bin/tox run -e lint,types,layers,unit,integration
+	@.venv/bin/tox run -e lint,types,layers,unit,seeds,coverage,integration,faults
 
 # two nodes of a mirror on this machine, no root needed
 demo:

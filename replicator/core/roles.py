@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from replicator.core.actions import CutClients
@@ -59,6 +60,7 @@ class Roles:
         self._grants: dict[int, int] = {}  # peer -> link that granted
         self._waiting: set[int] = set()  # volumes whose durable step is awaited
         self._after: Callable[[], None] = lambda: None
+        self._survived_before: dict[int, set[int]] = {}  # per volume, peers whose Survivor flag was set already
 
     @property
     def deadline(self) -> int | None:
@@ -172,7 +174,7 @@ class Roles:
     def _abort(self, refusal: Refusal) -> None:
         for volume in self._resource.volumes.values():
             if volume.attached is not None and volume.ledger.wanted.primary_indicator:
-                volume.ledger.save(lambda found: replace(found, primary_indicator=False), lambda: None)
+                volume.ledger.save(partial(_not_promoted, before=self._survived_before[volume.number]), lambda: None)
         self._tell_peers(primary=False)
         self._end(refusal)
 
@@ -185,6 +187,9 @@ class Roles:
         attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
         # A link may have come and gone meanwhile: what its Primary wrote has to be over.
         self._wait_for({volume.number for volume in attached}, lambda: self._resource.when_quiet(self._become_primary))
+        self._survived_before = {
+            volume.number: {peer.node_id for peer in volume.ledger.wanted.peers if peer.survivor} for volume in attached
+        }
         for volume in attached:
             trusted = (
                 self._force
@@ -308,12 +313,17 @@ class Roles:
             answer = RoleAnswer.I_AM_PRIMARY
         elif self.busy == "promotion" and (self._step is None or self._context.options.node_id < connection.peer):
             answer = RoleAnswer.I_AM_ASKING
-        elif not connection.settled:
+        elif not connection.settled or self._lets_go():
             answer = RoleAnswer.ROUND_GOING_ON
         else:
             answer = RoleAnswer.GRANTED
             self.granted_to = connection
         connection.send(Frame(Kind.ROLE_REPLY, sequence=frame.sequence, payload=pack_role_reply(answer)))
+
+    def _lets_go(self) -> bool:
+        """A copy of ours is being detached or invalidated: the peer may be about to live on it."""
+        resource = self._resource
+        return not resource.reliance.idle or any(volume.path.draining for volume in resource.volumes.values())
 
     def answered(self, connection: Connection, frame: Frame) -> str | None:
         """ROLE_REPLY."""
@@ -363,6 +373,14 @@ class Roles:
             elif connection.role is Role.PRIMARY and volume.disk in (Disk.UP_TO_DATE, Disk.CONSISTENT):
                 volume.become(DiskMove.PEER_IS_NEWER)
                 volume.ledger.save(lambda found: replace(found, was_up_to_date=False), lambda: None)
+
+
+def _not_promoted(found: Superblock, *, before: set[int]) -> Superblock:
+    """The superblock of a node that led nobody: what `promoted` marked is taken back, but for a fork."""
+    for peer in found.peers:
+        if peer.survivor and peer.node_id not in before:
+            found = with_slot(found, peer.node_id, survivor=False)
+    return replace(found, primary_indicator=False)
 
 
 def promoted(found: Superblock, volume: Volume, fresh: int, *, trusted: bool) -> Superblock:

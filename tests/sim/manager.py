@@ -41,7 +41,8 @@ class Manager:
         self.merge()
         run.refresh_authority()
         run.look()
-        if not run.primaries() and not self.promoting:
+        undecided = run.healing and not run.still_one()
+        if not run.primaries() and not self.promoting and not undecided:
             nodes = [node for node in run.world.nodes.values() if self._may_lead(node)]
             if nodes:
                 chosen = [node for node in nodes if node.id == self.prefer]
@@ -97,8 +98,14 @@ class Manager:
             source, branch = run.other(node), run.branch_of[node.id]
             if source.id in branch.holding[notice.fields["volume"]]:
                 branch.caught_up(notice.fields["volume"], {node.id})
-        if notice.code == "disk-failed" and not run.branch_of[node.id].loses(node.id, notice.fields["volume"]):
-            run.branch_of[node.id].all_lost_power(notice.fields["volume"])  # what was not FLUSHed is uncertain
+        branch = run.branch_of[node.id]
+        if notice.code == "disk-failed" and "metadata" not in notice.fields["operation"]:
+            if not branch.loses(node.id, notice.fields["volume"]):
+                branch.all_lost_power(notice.fields["volume"])  # what was not FLUSHed is uncertain
+        if notice.code == "role" and notice.fields["role"] == "Primary":
+            for number in branch.holding:
+                if self._lineage(node.id, number)[1] and node.id in branch.holding[number]:
+                    branch.lies_on(number, {node.id})  # it leads without its peer: what it shows counts
         if notice.code == "role" and notice.fields["role"] == "Secondary":
             for oracle in run.branch_of[node.id].oracles.values():
                 oracle.settled()  # clients that were cut off heard no answer; nothing is written later
@@ -115,23 +122,33 @@ class Manager:
         return (found.current, any(peer.survivor for peer in found.peers)) if found is not None else (0, False)
 
     def metadata(self, node: Node, volume: int) -> None:
-        """Whoever begins a generation that its peer has not, or leads without it, is alone: nobody else may lead."""
+        """Whoever begins a generation that its peer has not is alone: nobody else may lead."""
         run = self.run
         before, now = self._lineages[node.id, volume], self._lineage(node.id, volume)
         self._lineages[node.id, volume] = now
         begins = now[0] != before[0] and now[0] | 1 != self._lineage(run.other(node).id, volume)[0] | 1
-        leads = now[1] and not before[1] and (node in run.primaries() or node.id in self.promoting)
         branch = run.branch_of[node.id]
-        if (begins or leads) and node.id in branch.holding[volume]:
+        if begins and node.id in branch.holding[volume]:
             branch.lies_on(volume, {node.id})
 
     def merge(self) -> None:
         """Whoever was the target of the last resync has the source's history now."""
         run = self.run
-        if self.target is not None and run.established():
+        if not run.established():
+            return
+        if self.target is not None:
             run.joins(self.target, run.other(self.target))
             self.given_up.discard(self.target.id)
             self.target = None
+        elif not run.still_one():
+            # Equal, without a resync: right only if one of them had nothing of its own.
+            one, other = run.world.nodes.values()
+            if run.branch_of[one.id].has_all_of(run.branch_of[other.id]):
+                run.joins(other, one)
+            elif run.branch_of[other.id].has_all_of(run.branch_of[one.id]):
+                run.joins(one, other)
+            else:
+                run.fail("SplitBrainStays", "two histories became one without a resync")
 
     # --- what dies
 
@@ -221,6 +238,7 @@ class Manager:
     def _nudge(self) -> None:
         """What an operator types until all is well; never anything that gives data up."""
         run = self.run
+        self._conflict()
         for node in run.world.nodes.values():
             self._repair(node)
             if node.up:
@@ -244,14 +262,20 @@ class Manager:
 
     def split(self) -> bool:
         """Both sides know that they went different ways, and neither does anything about it."""
-        run = self.run
-        if run.still_one():
-            return False
-        return all(
-            node.resource is not None
-            and any(reason["code"] == "split-brain" for reason in node.resource.status()["reasons"])  # type: ignore[attr-defined]
-            for node in run.world.nodes.values()
-        )
+        return all("split-brain" in self._codes(node) for node in self.run.world.nodes.values())
+
+    @staticmethod
+    def _codes(node: Node) -> set[str]:
+        if node.resource is None:
+            return set()
+        return {reason["code"] for reason in node.resource.status()["reasons"]}  # type: ignore[attr-defined]
+
+    def _conflict(self) -> None:
+        """A Primary on a copy that would be the target: the operator makes it Secondary."""
+        for node in self.run.primaries():
+            connections = node.resource.connections.values() if node.resource is not None else ()
+            if any("conflict" in connection.reason for connection in connections):
+                self.ask(node, "secondary", force=True)
 
     def give_one_up(self) -> None:
         """The operator decides whose data counts, as `status` tells to."""
@@ -260,14 +284,17 @@ class Manager:
         run.world.run(limit=SECOND)
         if not self.split():
             run.fail("SplitBrainStays", "a split brain went away by itself")
-        for branch in run.branch_of.values():
-            node = run.world.nodes[min(branch.nodes)]
+        for branch in {id(branch): branch for branch in run.branch_of.values()}.values():
+            node = run.world.nodes[min(branch.authority or branch.nodes)]
             for number, oracle in branch.oracles.items():
                 for sector in oracle.possible:
                     fault = oracle.wrong(sector, node.disks[number].data.seen[sector * 512 : (sector + 1) * 512])
                     if fault is not None:
                         run.fail("SplitBrainStays", f"node {node.id} volume {number}: {fault}")
         loser = run.world.nodes[run.rng.randrange(2)]
+        if run.still_one() and loser.id in run.branch_of[loser.id].authority:
+            # A fork of a Primary that acknowledged nothing in it: the other copy has everything.
+            loser = run.other(loser)
         run.world.trace(9, f"node {loser.id} is given up")
         self.die(loser, power=False)
         run.joins(loser, run.other(loser))
