@@ -134,76 +134,71 @@ def _fork_point(a: Side, b: Side) -> bool:
     return not same(a.bitmap_id, UNSET) and same(a.bitmap_id, b.bitmap_id)
 
 
-def rules() -> tuple[Rule, ...]:
-    """The rule table of decision 0001.
-
-    Sources: DRBD's rules 1-3, 4, 6, 8-11, 13, 15-19 (its diskless and quorum rules have no place with two nodes),
-    and its reconcile rules for equal ids with dirty bits.
-    """
-    return (
-        Rule("just-created-both", lambda a, b: a.just_created and b.just_created, Outcome.NONE),
-        Rule("just-created", lambda a, _: a.just_created, Outcome.TARGET, full=True),
-        Rule(
-            "inconsistent-both",
-            lambda a, b: _equal(a, b) and a.inconsistent and b.inconsistent,
-            Outcome.NO_GOOD_COPY,
-        ),
-        Rule("inconsistent", lambda a, b: _equal(a, b) and a.inconsistent, Outcome.TARGET),
-        Rule(
-            # A copy that is known to be old, or whose disk failed, gives way (DRBD: disk states override).
-            "outdated",
-            lambda a, b: _equal(a, b) and a.disk is Disk.OUTDATED and b.disk > Disk.OUTDATED and _trouble(a, b),
-            Outcome.TARGET,
-        ),
-        Rule(
-            "primary-now",
-            lambda a, b: _equal(a, b) and a.primary and not b.primary and _trouble(a, b),
-            Outcome.SOURCE,
-        ),
-        Rule(
-            # The crashed Primary may be ahead, unless the other durably survived it (decision 0007).
-            "crashed-primary",
-            lambda a, b: _crashed(a, b) and not b.survived,
-            Outcome.SOURCE,
-        ),
-        Rule("survivor", lambda a, b: _crashed(b, a), Outcome.SOURCE),
-        Rule(
-            # Both crashed, and one had led without the other: what its clients saw counts, also under A.
-            "crashed-last",
-            lambda a, b: _crashed_both(a, b) and a.survived and not b.survived,
-            Outcome.SOURCE,
-        ),
-        Rule(
-            "crashed-both",
-            lambda a, b: _crashed_both(a, b) and a.node_id < b.node_id,
-            Outcome.SOURCE,
-        ),
-        Rule("bits", lambda a, b: _equal(a, b) and a.dirty and not b.dirty, Outcome.SOURCE),
-        Rule(
-            "bits-both",
-            lambda a, b: _equal(a, b) and a.dirty and b.dirty and a.node_id < b.node_id,
-            Outcome.SOURCE,
-        ),
-        Rule("equal", _equal, Outcome.NONE),
-        Rule("bitmap", lambda a, b: not same(a.bitmap_id, UNSET) and same(a.bitmap_id, b.current), Outcome.SOURCE),
-        Rule(
-            "history",
-            lambda a, b: a.remembers(b.current) and not b.remembers(a.current),
-            Outcome.SOURCE,
-            full=True,
-        ),
-        Rule("bitmap-both", _fork_point, Outcome.SPLIT_BRAIN),
-        Rule("history-both", lambda a, b: bool(a.lineage() & b.lineage()), Outcome.SPLIT_BRAIN),
-        Rule("unrelated", lambda a, b: True, Outcome.UNRELATED),
-    )
-
-
-_RULES: Final = rules()
+#: The rule table of decision 0001.
+#:
+#: Sources: DRBD's rules 1-3, 4, 6, 8-11, 13, 15-19 (its diskless and quorum rules have no place with two nodes),
+#: and its reconcile rules for equal ids with dirty bits.
+RULES: Final[tuple[Rule, ...]] = (
+    Rule("just-created-both", lambda a, b: a.just_created and b.just_created, Outcome.NONE),
+    Rule("just-created", lambda a, _: a.just_created, Outcome.TARGET, full=True),
+    Rule(
+        "inconsistent-both",
+        lambda a, b: _equal(a, b) and a.inconsistent and b.inconsistent,
+        Outcome.NO_GOOD_COPY,
+    ),
+    Rule("inconsistent", lambda a, b: _equal(a, b) and a.inconsistent, Outcome.TARGET),
+    Rule(
+        # A copy that is known to be old, or whose disk failed, gives way (DRBD: disk states override).
+        "outdated",
+        lambda a, b: _equal(a, b) and a.disk is Disk.OUTDATED and b.disk > Disk.OUTDATED and _trouble(a, b),
+        Outcome.TARGET,
+    ),
+    Rule(
+        "primary-now",
+        lambda a, b: _equal(a, b) and a.primary and not b.primary and _trouble(a, b),
+        Outcome.SOURCE,
+    ),
+    Rule(
+        # The crashed Primary may be ahead, unless the other durably survived it (decision 0007).
+        "crashed-primary",
+        lambda a, b: _crashed(a, b) and not b.survived,
+        Outcome.SOURCE,
+    ),
+    Rule("survivor", lambda a, b: _crashed(b, a), Outcome.SOURCE),
+    Rule(
+        # Both crashed, and one had led without the other: what its clients saw counts, also under A.
+        "crashed-last",
+        lambda a, b: _crashed_both(a, b) and a.survived and not b.survived,
+        Outcome.SOURCE,
+    ),
+    Rule(
+        "crashed-both",
+        lambda a, b: _crashed_both(a, b) and a.node_id < b.node_id,
+        Outcome.SOURCE,
+    ),
+    Rule("bits", lambda a, b: _equal(a, b) and a.dirty and not b.dirty, Outcome.SOURCE),
+    Rule(
+        "bits-both",
+        lambda a, b: _equal(a, b) and a.dirty and b.dirty and a.node_id < b.node_id,
+        Outcome.SOURCE,
+    ),
+    Rule("equal", _equal, Outcome.NONE),
+    Rule("bitmap", lambda a, b: not same(a.bitmap_id, UNSET) and same(a.bitmap_id, b.current), Outcome.SOURCE),
+    Rule(
+        "history",
+        lambda a, b: a.remembers(b.current) and not b.remembers(a.current),
+        Outcome.SOURCE,
+        full=True,
+    ),
+    Rule("bitmap-both", _fork_point, Outcome.SPLIT_BRAIN),
+    Rule("history-both", lambda a, b: bool(a.lineage() & b.lineage()), Outcome.SPLIT_BRAIN),
+    Rule("unrelated", lambda a, b: True, Outcome.UNRELATED),
+)
 
 
 def decide(ours: Side, theirs: Side) -> Decision:
     """Who copies from whom, seen from `ours`; `decide(b, a)` is the mirror of `decide(a, b)` (V7)."""
-    for rule in _RULES:
+    for rule in RULES:
         forward, backward = rule.holds(ours, theirs), rule.holds(theirs, ours)
         if forward and backward:
             # Each would be the other's source: they went on alone, whatever the ids look like.
@@ -220,13 +215,15 @@ def hold_to_exposed(ours: Side, theirs: Side, decision: Decision) -> Decision:
     """Clients go on only with data that contains what they have seen (V11; decision 0009).
 
     `decision` stays, or becomes a conflict: the copy that would be good in it has neither the exposed generation nor
-    descends from it.  A mixture is not looked at: nobody reads it.
+    descends from it.  A mixture is not looked at: nobody reads it.  Nor is a copy of their own that meets a peer without
+    one: it stays in doubt, and is not read either.
     """
     candidates = {Outcome.SOURCE: (ours,), Outcome.TARGET: (theirs,), Outcome.NONE: (ours, theirs)}
     good = [side for side in candidates.get(decision.outcome, ()) if side.disk > Disk.INCONSISTENT]
-    for side in (ours, theirs):
-        seen = side.exposed | PRIMARY_BIT
-        if good and not same(side.exposed, UNSET) and not any(seen in copy.lineage() for copy in good):
+    for side, other in ((ours, theirs), (theirs, ours)):
+        if same(side.exposed, UNSET) or other.disk is Disk.DISKLESS or not good:
+            continue
+        if not any(side.exposed | PRIMARY_BIT in copy.lineage() for copy in good):
             return Decision(Outcome.CONFLICT, EXPOSED_RULE)
     return decision
 

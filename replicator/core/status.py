@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from replicator.core.connection import BY_OPERATOR
-from replicator.core.generations import EXPOSED_RULE
+from replicator.core.generations import EXPOSED_RULE, Outcome
 from replicator.core.promotion import promotion_refusal, promotion_score
 from replicator.core.resync import SyncTarget
 from replicator.core.states import Connection as State
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _BLOCK_KIB = 4
 _SPLIT = ("split brain", "unrelated data")
+_OLDER = f"{Outcome.CONFLICT.value} ("  # a would-be target that is Primary (`generations._checked`) ...
+_SIZES = ("disk-too-small", "size-differs")  # ... and not a matter of sizes (`Replica._size_fault`)
 
 
 def status(resource: Resource) -> dict[str, object]:
@@ -193,34 +195,38 @@ def _disk_reasons(resource: Resource, volume: Volume) -> list[dict[str, str]]:
     return []
 
 
+def _standalone_reason(resource: Resource, connection: Connection) -> dict[str, str]:
+    name, scope = resource.options.resource, f"connection {connection.name}"
+    why = connection.reason or "nobody asked for a connection"
+    text = f"no connection is tried: {why}"
+    if any(word in why for word in _SPLIT):
+        do = (
+            f"decide whose data counts; on the OTHER node: replicator down {name}, "
+            f"replicator create-md --force {name}, replicator up {name}; "
+            f"then on both: replicator connect {name}"
+        )
+        return _entry(scope, "split-brain", f"the two copies went different ways: {why}", do)
+    if EXPOSED_RULE in why:
+        do = (
+            f"on the node that is Primary: replicator attach {name} if its own disk is whole; if not, stop its "
+            f"clients and make it Secondary: replicator secondary {name}; then on both: replicator connect {name}"
+        )
+        return _entry(scope, EXPOSED_RULE, text, do)
+    if _OLDER in why and not any(word in why for word in _SIZES):
+        do = (
+            f"the Primary has the older copy, and would be overwritten under its clients: stop them, make it Secondary "
+            f"(replicator secondary {name}), then on both: replicator connect {name}; it copies what it lacks"
+        )
+        return _entry(scope, "older-copy-is-primary", text, do)
+    if why in (BY_OPERATOR, "nobody asked for a connection"):
+        return _entry(scope, "standalone", text, f"replicator connect {name}")
+    return _entry(scope, "standalone", text, f"mend that, then replicator connect {name}")
+
+
 def _connection_reasons(resource: Resource, connection: Connection) -> list[dict[str, str]]:
     name, scope = resource.options.resource, f"connection {connection.name}"
     if connection.state is State.STANDALONE:
-        if any(word in connection.reason for word in _SPLIT):
-            text = f"the two copies went different ways: {connection.reason}"
-            do = (
-                f"decide whose data counts; on the OTHER node: replicator down {name}, "
-                f"replicator create-md --force {name}, replicator up {name}; "
-                f"then on both: replicator connect {name}"
-            )
-            return [_entry(scope, "split-brain", text, do)]
-        if EXPOSED_RULE in connection.reason:
-            do = (
-                f"on the node that is Primary: replicator attach {name} if its own disk is whole; if not, stop its "
-                f"clients and make it Secondary: replicator secondary {name}; then on both: replicator connect {name}"
-            )
-            return [_entry(scope, EXPOSED_RULE, f"no connection is tried: {connection.reason}", do)]
-        why = connection.reason or "nobody asked for a connection"
-        if why in (BY_OPERATOR, "nobody asked for a connection"):
-            return [_entry(scope, "standalone", f"no connection is tried: {why}", f"replicator connect {name}")]
-        return [
-            _entry(
-                scope,
-                "standalone",
-                f"no connection is tried: {why}",
-                f"mend that, then replicator connect {name}",
-            )
-        ]
+        return [_standalone_reason(resource, connection)]
     if connection.state is not State.CONNECTED:
         why = connection.reason or "the peer has not answered yet"
         return [

@@ -21,7 +21,7 @@ from replicator.core.generations import (
     Side,
     decide,
     remember,
-    rules,
+    RULES,
     same,
 )
 from replicator.core.options import Options
@@ -166,7 +166,7 @@ def test_every_rule_of_the_table_is_reached() -> None:
             primary=draw.random() < 0.2,
         )
 
-    names = {rule.name for rule in rules()}
+    names = {rule.name for rule in RULES}
     reached = set()
     for _ in range(8000):
         rule = decide(some(0), some(1)).rule.removesuffix("-inconsistent")

@@ -91,3 +91,19 @@ def test_requests_that_wait_are_counted() -> None:
     m.pause(10 * MS)
     devices = m.resource(m.alpha).status()["devices"]
     assert isinstance(devices, list) and [device["upper-pending"] for device in devices] == [1]
+
+
+def test_a_primary_on_the_older_copy_says_what_to_do() -> None:
+    m = Mirror(primary=0)
+    m.partition()
+    m.write(m.alpha, 3, 7)
+    m.done(m.beta, "primary")
+    m.done(m.alpha, "secondary")
+    m.heal()
+    m.run(lambda: m.state(m.beta) == "StandAlone")
+    assert "older-copy-is-primary" in m.reasons(m.beta)
+    m.done(m.beta, "secondary")
+    for node in (m.alpha, m.beta):
+        m.done(node, "connect")
+    m.establish()
+    assert m.block(m.beta, 3) == 7
