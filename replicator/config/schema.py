@@ -160,7 +160,7 @@ class Net:
         "ko-count",
         Count(0, 255),
         7,
-        "a peer that does not finish a write within this many timeouts is cut off, alive or not (0: never)",
+        "a peer that does not finish a write within this many timeouts is cut off until the next `connect` (0: never)",
     )
     after_sb_0pri: str = option("after-sb-0pri", _AFTER_SB, "disconnect", "split brain found, no Primary")
     after_sb_1pri: str = option("after-sb-1pri", _AFTER_SB, "disconnect", "split brain found, one Primary")

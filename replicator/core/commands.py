@@ -123,16 +123,46 @@ class Commands:
 
     def _detach(self, command: Command) -> None:
         volumes = [volume for volume in self._volumes(command.args) if volume.attached is not None]
-        if self._resource.roles.busy or not self._resource.settled:
+        roles = self._resource.roles
+        if roles.busy or roles.granted_to is not None or not self._resource.settled:
             self._done(command, in_transition())
             return
-        refusal = self._detach_refusal(volumes)
-        if refusal is not None:
-            self._done(command, refusal)
-            return
-        for volume in volumes:
+        self._detach_next(command, volumes, list(volumes), None)
+
+    def _detach_next(
+        self, command: Command, volumes: list[Volume], left: list[Volume], refusal: Refusal | None
+    ) -> None:
+        """Volume by volume: where a Primary is left with the peer's copy, that peer has to agree (V12)."""
+        refusal = refusal or self._detach_refusal([volume for volume in volumes if volume.attached is not None])
+        while left and refusal is None:
+            volume = left.pop()
+            peer = self._relies_on(volume)
+            if peer is not None:
+
+                def answered(refusal: Refusal | None) -> None:
+                    volume.path.draining = refusal is None
+                    self._detach_next(command, volumes, left, refusal)
+
+                self._resource.reliance.ask(volume, peer, answered)
+                return
             volume.path.draining = True
-        self._waiting.append(lambda: self._drained(command, volumes))
+        if refusal is not None:
+            self._stay(command, volumes, refusal)
+        else:
+            self._waiting.append(lambda: self._drained(command, volumes))
+
+    def _relies_on(self, volume: Volume) -> int | None:
+        """The peer whose copy a Primary, here or there, is left with when ours goes."""
+        for peer, replica in volume.replicas.items():
+            if replica.has_good_data and (self._resource.primary or self._peer_primary(peer)):
+                return peer
+        return None
+
+    def _stay(self, command: Command, volumes: list[Volume], refusal: Refusal) -> None:
+        for volume in volumes:
+            volume.path.draining = False
+            volume.path.wake_all()
+        self._done(command, refusal)
 
     def _detach_refusal(self, volumes: list[Volume]) -> Refusal | None:
         """Somebody lives on this copy: our clients, or a connected Primary without a good disk of its own."""
@@ -160,10 +190,7 @@ class Commands:
             return False
         refusal = self._detach_refusal([volume for volume in volumes if volume.attached is not None])
         if refusal is not None:
-            for volume in volumes:
-                volume.path.draining = False
-                volume.path.wake_all()
-            self._done(command, refusal)
+            self._stay(command, volumes, refusal)
             return True
         for volume in volumes:
             if volume.attached is not None:
@@ -201,9 +228,22 @@ class Commands:
                     ),
                 )
                 return
-        for connection in self._connections(command.args):
+        connections = self._connections(command.args)
+        for connection in connections:
             connection.disconnect(ConnectionMove.DISCONNECT, BY_OPERATOR)
-        self._done(command)
+        self._parted(command, connections)
+
+    def _parted(self, command: Command, connections: list[Connection]) -> None:
+        """Answer when it is known whether the peer is Outdated (V13): the next command may depend on it."""
+
+        def known() -> bool:
+            if any(self._resource.leaving.awaits(connection) for connection in connections):
+                return False
+            self._done(command)
+            return True
+
+        if not known():
+            self._waiting.append(known)
 
     # --- roles
 
@@ -243,6 +283,18 @@ class Commands:
             )
             return
         peer = sources[0]
+        self._resource.reliance.ask(
+            volume, peer, lambda refusal: self._invalidate_granted(command, volume, peer, refusal)
+        )
+
+    def _invalidate_granted(self, command: Command, volume: Volume, peer: int, refusal: Refusal | None) -> None:
+        if refusal is None and (self._resource.roles.busy or not volume.replicas[peer].has_good_data):
+            refusal = in_transition()
+        if volume.attached is None:
+            refusal = _NO_DISK
+        if refusal is not None:
+            self._done(command, refusal)
+            return
         volume.stop_serving()
         volume.become(DiskMove.INVALIDATED)
 

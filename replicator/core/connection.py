@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from replicator.core.actions import CloseLink, Dial, ReadData, Send
+from replicator.core.actions import CloseLink, Dial, Send
 from replicator.core.context import Context
-from replicator.core.events import DiskDone, Io
+from replicator.core.events import Io
 from replicator.core.handshake import Candidate
 from replicator.core.handshake_wire import (
-    pack_errno,
     pack_goodbye,
     pack_role,
     unpack_disk_state,
@@ -43,8 +42,7 @@ GOODBYE_DISCONNECT: Final = 1
 GOODBYE_REFUSED: Final = 2
 GOODBYE_DOWN: Final = 3
 GOODBYE_NOT_NOW: Final = 4  # nothing is wrong that an administrator must mend: try again later
-#: Bytes of READ answers under way for the peer; our own clients ask for less, so more is a broken peer.
-READ_BYTES_MAX: Final = 64 << 20
+GOODBYE_OUTDATED: Final = 5  # behind a GOODBYE of either side: the sender's copies are durably Outdated
 
 
 class PeerRead:
@@ -80,13 +78,13 @@ class Connection:
         self._sequence = 0
         self._unacked: dict[int, tuple[Volume, Write]] = {}
         self._reads: dict[int, PeerRead] = {}
-        self._read_bytes = 0  # the peer's, being answered on this link
         self._heard = 0
         self._pinged: int | None = None
         self._progress = 0  # when an acknowledgement last came, or the first unacknowledged write was sent
         self._round_since: int | None = None
         self._goodbye = False  # the peer said so
         self._initial = False  # the first round of this link, of all volumes together
+        self.waits_for_state = False  # it begins when the peer has spoken for all of them
 
     # --- states
 
@@ -123,10 +121,12 @@ class Connection:
         link = self.link
         if link is not None:
             self._send_goodbye(link, goodbye, reason)
-            if goodbye != GOODBYE_REFUSED:
-                self._resource.roles.peer_leaves(self)
+            role = self.role
             self._lose(graceful=True)
-            self._context.out.append(CloseLink(link, reason))
+            if goodbye == GOODBYE_REFUSED:
+                self._context.out.append(CloseLink(link, reason))
+            else:
+                self._resource.leaving.part(self, link, role, reason)
         self._move(happened, reason)
 
     def _send_goodbye(self, link: int, code: int, reason: str) -> None:
@@ -146,20 +146,26 @@ class Connection:
             self._lose(graceful=False)
             self._context.out.append(CloseLink(old, "a newer connection of the same peer took over"))
             self._move(ConnectionMove.LOST, "the peer connected anew")
+        self._resource.leaving.forget(self)
         self.link = candidate.link
         self.resource_id = candidate.resource_id
         self.role = None
         self._goodbye = False
         self._initial = True
-        self._read_bytes = 0
         self._dialing = False
         self._heard = self._progress = self._context.now
         self._pinged = None
         self._move(ConnectionMove.AGREED, "")
         self.receiver = Receiver(self._context, self.peer, self._resource.volumes, self.send)
         self.send(Frame(Kind.ROLE, payload=pack_role(self._resource.primary)))
-        for volume in self._resource.volumes.values():
-            volume.replicas[self.peer].link_up(self)
+        # Nothing here needs the peer, so nothing waits for it.  (Two Primaries do not wait for each other: `_on_role`.)
+        self.waits_for_state = self._resource.primary and all(
+            volume.trusts_itself() for volume in self._resource.volumes.values()
+        )
+        for replica in self._replicas():
+            replica.link_up(self)
+        if not self.waits_for_state:
+            self._begin_rounds()
         self._round_since = self._context.now
 
     def link_lost(self, reason: str) -> None:
@@ -185,6 +191,8 @@ class Connection:
         receiver, self.receiver = self.receiver, None
         assert receiver is not None, "an agreed link has one"
         receiver.link_down()
+        if self._context.options.fencing != "dont-care" and any(replica.leaves_mixture for replica in self._replicas()):
+            resource.leaving.known_outdated(self.peer)
         for volume in resource.volumes.values():
             volume.replicas[self.peer].leave_round()
         for volume in resource.volumes.values():
@@ -207,6 +215,7 @@ class Connection:
             volume.farewell_refused(self.peer)
             volume.path.wake_all()
         self._round_since = None
+        self.waits_for_state = False
         resource.peer_lost(self)
 
     # --- sending
@@ -282,7 +291,8 @@ class Connection:
             volume.replicas[self.peer].received_bytes += len(frame.payload)
             return self.receiver.on_write(frame)
         if frame.kind is Kind.READ:
-            return self._on_read(volume, frame)
+            assert self.receiver is not None
+            return self.receiver.on_read(volume, frame)
         if frame.kind is Kind.DISK_STATE:
             return self._on_disk_state(volume, frame)
         if frame.kind is Kind.DISK_STATE_ACK:
@@ -290,6 +300,11 @@ class Connection:
             return None
         if frame.kind in (Kind.NEW_GENERATION, Kind.NEW_GENERATION_ACK):
             return self._resource.identity.on_frame(self, volume, frame)
+        if frame.kind is Kind.RELY_REQUEST:
+            self._resource.reliance.on_request(self, volume, frame)
+            return None
+        if frame.kind is Kind.RELY_REPLY:
+            return self._resource.reliance.on_reply(self, volume, frame)
         return volume.replicas[self.peer].on_frame(frame)
 
     def _on_ping(self, frame: Frame) -> str | None:
@@ -303,6 +318,8 @@ class Connection:
         self.role = Role.PRIMARY if unpack_role(frame.payload) else Role.SECONDARY
         self._context.notice("peer-role", peer=self.name, role=self.role.value)
         self._resource.roles.peer_role(self)
+        if self.waits_for_state and self.role is Role.PRIMARY:
+            self._begin_rounds()
         return None
 
     def _on_role_request(self, frame: Frame) -> str | None:
@@ -317,10 +334,12 @@ class Connection:
         self._goodbye = bool(frame.flags & Flag.GRACEFUL)
         link = self.link
         assert link is not None
-        if self._goodbye:
-            self._resource.roles.peer_leaves(self)
+        role = self.role
         self._lose(graceful=self._goodbye)
-        self._context.out.append(CloseLink(link, "the peer said goodbye"))
+        if self._goodbye:
+            self._resource.leaving.part(self, link, role, "the peer said goodbye")
+        else:
+            self._context.out.append(CloseLink(link, "the peer said goodbye"))
         if code == GOODBYE_REFUSED:
             self._move(ConnectionMove.REFUSED, f"{self.name} refused: {text}")
         else:
@@ -375,32 +394,6 @@ class Connection:
         if not self._resource.log.confirm(self.peer, frame.sequence):
             return f"BARRIER_ACK {frame.sequence} for no barrier of ours"
         return None
-
-    def _on_read(self, volume: Volume, frame: Frame) -> str | None:
-        if frame.offset + frame.size > volume.size and volume.attached is not None:
-            return f"READ beyond the end: {frame.offset}+{frame.size} of {volume.size}"
-        if volume.disk is not Disk.UP_TO_DATE:
-            self.send(Frame(Kind.READ_FAILED, volume.number, sequence=frame.sequence, payload=pack_errno(5)))
-            return None
-        if self._read_bytes + frame.size > READ_BYTES_MAX:
-            return f"more than {READ_BYTES_MAX} bytes of reads at once"
-        self._read_bytes += frame.size
-        token = self._context.ask(self._read_done, (frame, self.link))
-        self._context.out.append(ReadData(volume.number, token, frame.offset, frame.size))
-        return None
-
-    def _read_done(self, subject: tuple[Frame, int | None], event: DiskDone) -> None:
-        request, link = subject
-        if link is None or link != self.link:
-            return
-        self._read_bytes -= request.size
-        if event.error:
-            answer = Frame(Kind.READ_FAILED, request.volume, sequence=request.sequence, payload=pack_errno(event.error))
-        else:
-            answer = Frame(
-                Kind.READ_DATA, request.volume, 0, request.sequence, request.offset, request.size, event.data
-            )
-        self.send(answer)
 
     def _on_read_answer(self, frame: Frame) -> str | None:
         read = self._reads.get(frame.sequence)
@@ -501,7 +494,8 @@ class Connection:
         if self._pinged is not None and now >= self._pinged + options.ping_timeout_ns:
             self._give_up("the peer does not answer pings")
         elif self._stuck(now):
-            self._give_up("the peer does not acknowledge writes")
+            limit = f"{options.ko_count} x {options.timeout_ns / 1e9:g} s"
+            self._give_up(f"the peer does not acknowledge writes within ko-count x timeout, {limit}", for_good=True)
         elif self._round_since is not None and now >= self._round_since + options.handshake_timeout_ns:
             self._give_up("the peer does not finish the handshake")
         elif self._pinged is None and now >= self._heard + options.ping_interval_ns:
@@ -514,12 +508,12 @@ class Connection:
         owes = bool(options.ko_count and (self._unacked or self._reads))
         return owes and now >= self._progress + options.timeout_ns * options.ko_count
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, *, for_good: bool = False) -> None:
         link = self.link
         assert link is not None
         self._lose(graceful=False)
         self._context.out.append(CloseLink(link, reason))
-        self._move(ConnectionMove.LOST, reason)
+        self._move(ConnectionMove.REFUSED if for_good else ConnectionMove.LOST, reason)
         self._dial_later()
 
     def probe(self) -> None:
@@ -532,6 +526,19 @@ class Connection:
         """A round was begun on the living link: it has to end within the handshake timeout."""
         if self._round_since is None:
             self._round_since = self._context.now
+
+    def round_wanted(self, replica: Replica) -> None:
+        """The peer said what state this copy is in, in a round that we have not begun."""
+        if not self.waits_for_state or replica.state_sent:
+            replica.begin_round()
+        elif all(other.spoken for other in self._replicas()):
+            self._begin_rounds()
+
+    def _begin_rounds(self) -> None:
+        self.waits_for_state = False
+        for replica in self._replicas():
+            if not replica.state_sent:
+                replica.begin_round()
 
     def settle(self) -> None:
         """Once per turn."""

@@ -245,6 +245,14 @@ class RoleAnswer(IntEnum):
     ROUND_GOING_ON = 3
 
 
+class RelyAnswer(IntEnum):
+    """Payload of RELY_REPLY."""
+
+    GRANTED = 0
+    NOT_GOOD = 1  #: my copy is not good, or I am letting go of it
+    NOT_NOW = 2  #: something is going on that decides who has good data
+
+
 def pack_goodbye(reason: int, text: str) -> bytes:
     """GOODBYE: a reason (one byte) and a sentence; made printable, and cut to fit."""
     clean = "".join(char if char.isprintable() else "?" for char in text)
@@ -279,6 +287,16 @@ def pack_role_reply(answer: RoleAnswer) -> bytes:
 def unpack_role_reply(payload: Buffer) -> RoleAnswer:
     """The peer's answer to ROLE_REQUEST."""
     return RoleAnswer(_only_choice(payload, "ROLE_REPLY", max(RoleAnswer)))
+
+
+def pack_rely_reply(answer: RelyAnswer) -> bytes:
+    """RELY_REPLY: granted, or why not."""
+    return bytes([answer])
+
+
+def unpack_rely_reply(payload: Buffer) -> RelyAnswer:
+    """The peer's answer to RELY_REQUEST."""
+    return RelyAnswer(_only_choice(payload, "RELY_REPLY", max(RelyAnswer)))
 
 
 def pack_sync_pause(paused: bool) -> bytes:

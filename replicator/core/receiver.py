@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peer's writes over one link: applied, acknowledged in batches, and made stable at its barriers.
+"""The peer's writes over one link: applied, acknowledged in batches, and made stable at its barriers; and its reads.
 
 Writes between two BARRIERs are one *batch*.  A barrier is answered when all writes of its batch and of the batches
 before are over and the disks they touched are flushed.  Under protocol A what follows a barrier waits until it is
@@ -11,14 +11,15 @@ decided.
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from replicator.core.actions import FlushData
+from replicator.core.actions import FlushData, ReadData
 from replicator.core.context import Context
 from replicator.core.events import DiskDone, Io
-from replicator.core.handshake_wire import pack_sequences
+from replicator.core.handshake_wire import pack_errno, pack_sequences
 from replicator.core.locks import LockKind
 from replicator.core.states import Disk
 from replicator.core.volume import Volume
@@ -31,6 +32,8 @@ UNFINISHED_BYTES_MAX: Final = 256 << 20
 #: Writes and barriers not over yet: TRIM and ZERO carry no payload, but cost memory as long as the disk hangs.  Our
 #: senders stay below 2^18 (`unwritten_bytes_max` in sectors).
 UNFINISHED_COUNT_MAX: Final = 300_000
+#: Bytes of READ answers under way for the peer; our own clients ask for less, so more is a broken peer.
+READ_BYTES_MAX: Final = 64 << 20
 
 
 class Batch:
@@ -59,6 +62,7 @@ class Receiver:
         self._behind: deque[tuple[Frame, int]] = deque()  # protocol A: what follows an unanswered barrier
         self._bytes = 0
         self._count = 0
+        self._read_bytes = 0
         self._pumping = False
         self._last_sequence = 0
         self._acks: dict[Kind, list[int]] = {Kind.RECEIVED: [], Kind.WRITTEN: [], Kind.FAILED: []}
@@ -183,6 +187,33 @@ class Receiver:
                 self._batches.append(Batch())
             else:
                 self._apply(self._volumes[frame.volume], frame, lone)
+
+    def on_read(self, volume: Volume, frame: Frame) -> str | None:
+        """READ.  Returns what is wrong with it, or None."""
+        if frame.offset + frame.size > volume.size and volume.attached is not None:
+            return f"READ beyond the end: {frame.offset}+{frame.size} of {volume.size}"
+        assert self._send is not None
+        if volume.disk is not Disk.UP_TO_DATE:
+            self._send(Frame(Kind.READ_FAILED, volume.number, sequence=frame.sequence, payload=pack_errno(errno.EIO)))
+            return None
+        if self._read_bytes + frame.size > READ_BYTES_MAX:
+            return f"more than {READ_BYTES_MAX} bytes of reads at once"
+        self._read_bytes += frame.size
+        token = self._context.ask(self._read_done, frame)
+        self._context.out.append(ReadData(volume.number, token, frame.offset, frame.size))
+        return None
+
+    def _read_done(self, request: Frame, event: DiskDone) -> None:
+        if self._send is None:
+            return
+        self._read_bytes -= request.size
+        if event.error:
+            answer = Frame(Kind.READ_FAILED, request.volume, sequence=request.sequence, payload=pack_errno(event.error))
+        else:
+            answer = Frame(
+                Kind.READ_DATA, request.volume, 0, request.sequence, request.offset, request.size, event.data
+            )
+        self._send(answer)
 
     def settle(self) -> None:
         """Once per turn: acknowledgements, together."""

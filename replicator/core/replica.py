@@ -36,7 +36,7 @@ from replicator.core.handshake_wire import (
     unpack_current_generation,
 )
 from replicator.core.ledger import slot_index, with_slot
-from replicator.core.resync import SyncTarget
+from replicator.core.resync import SyncSource, SyncTarget
 from replicator.core.resync_steps import ResyncSteps, clear_slot
 from replicator.core.states import REPLICATION_MOVES, Disk, DiskMove, Replication, ReplicationMove, move
 from replicator.core.superblock import Superblock
@@ -92,9 +92,19 @@ class Replica:
         return self._round > 0
 
     @property
+    def spoken(self) -> bool:
+        """We know the peer's state on this link."""
+        return self._received is not None
+
+    @property
     def syncing(self) -> bool:
         """A resync is under way."""
         return self.steps.sync is not None
+
+    @property
+    def leaves_mixture(self) -> bool:
+        """If the link ends now, the peer's copy is durably Inconsistent and cannot get better without us."""
+        return isinstance(self.steps.sync, SyncSource) and self.steps.sync.unfinishable
 
     @property
     def deciding(self) -> bool:
@@ -120,12 +130,11 @@ class Replica:
     # --- the link comes and goes
 
     def link_up(self, link: Connection) -> None:
-        """Both nodes agreed who they are."""
+        """Both nodes agreed who they are; `begin_round` follows, now or when the peer has spoken."""
         self.link = link
         self._received = None
         self._round = 0
         self.steps.link_up()
-        self.begin_round()
 
     def leave_round(self) -> None:
         """The link is about to go: nobody who waits for a quiet moment may begin a round on it."""
@@ -274,7 +283,8 @@ class Replica:
         self.steps.paused_there = state.paused
         if frame.sequence > self._round:
             self.volume.farewell_refused(self.peer)  # if our disk has just gone: the peer did not take over
-            self.begin_round()
+            assert self.link is not None
+            self.link.round_wanted(self)
         else:
             self._decide()
         return None

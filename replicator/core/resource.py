@@ -38,8 +38,10 @@ from replicator.core.generations import JUST_CREATED, same
 from replicator.core.handshake import Candidate, Fault, hello
 from replicator.core.handshake_wire import pack_goodbye
 from replicator.core.identity import Identity
+from replicator.core.leaving import Leaving
 from replicator.core.locks import LockKind
 from replicator.core.options import Options
+from replicator.core.reliance import Reliance
 from replicator.core.roles import Roles
 from replicator.core.states import Connection as ConnectionState
 from replicator.core.states import Disk, Role
@@ -70,8 +72,10 @@ class Resource:
         )
         self.volumes = {number: Volume(number, self.context, self.log, self) for number in options.volumes}
         self.connections = {peer: Connection(self, self.context, peer, name) for peer, name in options.peers.items()}
+        self.leaving = Leaving(self, self.context)
         self.roles = Roles(self, self.context)
         self.identity = Identity(self, self.context)
+        self.reliance = Reliance(self, self.context)
         self.commands = Commands(self, self.context)
         self._candidates: dict[int, Candidate] = {}
         self._links: dict[int, Connection] = {}  # agreed
@@ -120,7 +124,7 @@ class Resource:
         limits = [connection.deadline for connection in self.connections.values()]
         limits += [candidate.since + self.options.handshake_timeout_ns for candidate in self._candidates.values()]
         limits += [replica.deadline for volume in self.volumes.values() for replica in volume.replicas.values()]
-        limits.append(self.roles.deadline)
+        limits += [self.roles.deadline, self.leaving.deadline]
         if self.log.open.ranges:
             limits.append(self.log.open.since + self.options.epoch_time_ns)
         return min((limit for limit in limits if limit is not None), default=None)
@@ -147,6 +151,7 @@ class Resource:
             for read in parked:
                 self._read(self.volumes[read.volume], read.offset, read.size, read.done)
         self.roles.settle()
+        self.leaving.settle()
         self.commands.settle()
         for volume in self.volumes.values():
             volume.settle()
@@ -171,6 +176,7 @@ class Resource:
                 volume.disk not in (Disk.ATTACHING, Disk.DETACHING, Disk.FAILED) for volume in self.volumes.values()
             )
             and self.identity.idle
+            and self.reliance.idle
         )
 
     @property
@@ -275,7 +281,9 @@ class Resource:
 
     def _gone(self, peers: int) -> int:
         return sum(
-            1 << peer for peer, connection in self.connections.items() if peers >> peer & 1 and not connection.connected
+            1 << peer
+            for peer, connection in self.connections.items()
+            if peers >> peer & 1 and (not connection.connected or connection.waits_for_state)
         )
 
     def rotated(self) -> None:
@@ -316,10 +324,15 @@ class Resource:
         """A link ended, and all that depended on it has been told."""
         self.roles.peer_lost(connection)
         self.identity.peer_lost(connection)
+        self.reliance.peer_lost(connection)
         ended = [link for link, owner in self._links.items() if owner is connection]
         for link in ended:
             del self._links[link]
             self._closing.add(link)  # what still comes on it is not looked at
+
+    def closing(self, link: int) -> bool:
+        """The link carries nothing any more, but has not ended."""
+        return link in self._closing
 
     def when_quiet(self, then: Callable[[], None]) -> None:
         """Call `then` when no replicated write is under way on any volume."""
@@ -408,6 +421,8 @@ class Resource:
         if owner is not None:
             owner.on_frames(list(event.frames))
             return
+        if self.leaving.on_frames(event.link, event.frames):
+            return
         candidate = self._candidates.get(event.link)
         if candidate is None:
             assert event.link in self._closing, f"frames of unknown link {event.link}"
@@ -469,6 +484,7 @@ class Resource:
         owner = self._links.pop(event.link, None)
         candidate = self._candidates.pop(event.link, None)
         self._closing.discard(event.link)
+        self.leaving.link_down(event.link)
         if owner is not None:
             owner.link_lost(event.reason)
         elif candidate is not None:

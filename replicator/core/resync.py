@@ -338,6 +338,12 @@ class SyncSource:
         self._answered.remove((offset, size))
         return True
 
+    @property
+    def unfinishable(self) -> bool:
+        """Some block was never sent, so without us the target stays what it durably is: a mixture."""
+        answered = sum((size + BLOCK - 1) >> BLOCK_SHIFT for _, size in self._answered)
+        return self._home.dirty_count(self._peer) > answered
+
     def cancel(self) -> None:
         """The link or the disk is gone; reads under way end by themselves."""
         self._over = True

@@ -361,19 +361,6 @@ class Roles:
         self._asking.pop(connection.peer, None)
         self._grants.pop(connection.peer, None)
 
-    def peer_leaves(self, connection: Connection) -> None:
-        """A graceful goodbye.  With a fencing policy a Secondary that leaves a Primary is Outdated, on both sides."""
-        if self._context.options.fencing == "dont-care":
-            return
-        for volume in self._resource.volumes.values():
-            if volume.attached is None:
-                continue
-            if self.role is Role.PRIMARY:
-                volume.ledger.save(lambda found: with_slot(found, connection.peer, outdated=True), lambda: None)
-            elif connection.role is Role.PRIMARY and volume.disk in (Disk.UP_TO_DATE, Disk.CONSISTENT):
-                volume.become(DiskMove.PEER_IS_NEWER)
-                volume.ledger.save(lambda found: replace(found, was_up_to_date=False), lambda: None)
-
 
 def _not_promoted(found: Superblock, *, before: set[int]) -> Superblock:
     """The superblock of a node that led nobody: what `promoted` marked is taken back, but for a fork."""

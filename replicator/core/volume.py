@@ -220,10 +220,12 @@ class Volume:
     def stop_serving(self) -> None:
         """This copy is not served any more: remember the generation that was.
 
-        A fork that is asked for counts as made: what waits for it may have been acknowledged (V3).
+        Under protocols A and B a fork that is asked for counts as made: what the peer lacks may have been acknowledged
+        before it (V3).  Under C nothing was: what waits for the fork is not acknowledged without it.
         """
         if self.serving and self.attached is not None:
-            self.exposed = self.ledger.wanted.current
+            ledger = self.ledger
+            self.exposed = (ledger.durable if self.context.options.protocol == "C" else ledger.wanted).current
         self.serving = False
 
     def serve_from_peer(self) -> None:

@@ -95,6 +95,8 @@ class Kind(IntEnum):
     RESYNC_CONFIRM = 45  #: these ranges are stable at the target
     RESYNC_DONE = 46  #: the target's copy is UpToDate, durably
     SYNC_PAUSE = 47  #: I want the resync paused, or not any more
+    RELY_REQUEST = 48  #: may I let go of my copy and rely on yours?
+    RELY_REPLY = 49  #: granted, or why not
 
 
 class Flag:
@@ -183,6 +185,8 @@ RULES: Final[dict[Kind, Rule]] = {
     Kind.RESYNC_CONFIRM: Rule(length_min=RANGE_SIZE, length_max=CONTROL_MAX, unit=RANGE_SIZE),
     Kind.RESYNC_DONE: _BARE,
     Kind.SYNC_PAUSE: Rule(length_min=1, length_max=1),
+    Kind.RELY_REQUEST: _ANSWER,
+    Kind.RELY_REPLY: Rule(length_min=1, length_max=1, sequence=True),
 }
 _ROWS: Final[dict[int, tuple[Kind, Rule]]] = {int(kind): (kind, rule) for kind, rule in RULES.items()}
 

@@ -340,6 +340,7 @@ def test_a_peer_that_takes_a_write_and_never_answers_is_given_up(victim: Victim)
         evil.ended()
     victim.says("does not acknowledge writes")
     victim.serves()
+    victim.connect()  # it was expelled
 
 
 @pytest.mark.parametrize("disk", range(1, 10))

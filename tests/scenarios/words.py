@@ -16,6 +16,7 @@ from replicator.core import activity, sealed, superblock
 from replicator.core.generations import JUST_CREATED, PRIMARY_BIT, UNSET
 from replicator.core.geometry import ACTIVITY_OFFSET, BLOCK, PAGE, SECTOR
 from replicator.core.handshake_wire import (
+    RelyAnswer,
     RoleAnswer,
     VolumeState,
     unpack_current_generation,
@@ -24,6 +25,7 @@ from replicator.core.handshake_wire import (
     unpack_generation,
     unpack_goodbye,
     unpack_ranges,
+    unpack_rely_reply,
     unpack_role,
     unpack_role_reply,
     unpack_sequences,
@@ -137,6 +139,8 @@ def _control_words(frame: Frame, names: Generations) -> str:
             return "Primary" if unpack_role(payload) else "Secondary"
         case Kind.ROLE_REPLY:
             return RoleAnswer(unpack_role_reply(payload)).name.lower().replace("_", " ")
+        case Kind.RELY_REPLY:
+            return RelyAnswer(unpack_rely_reply(payload)).name.lower().replace("_", " ")
         case Kind.SYNC_PAUSE:
             return "on" if unpack_sync_pause(payload) else "off"
         case Kind.GOODBYE:

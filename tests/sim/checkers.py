@@ -209,20 +209,17 @@ class OneWriter(Checker):
             return
         if len({id(self.run.branch_of[node.id]) for node in primaries}) < 2:
             self.run.fail(self, "two Primaries on one history")
-        one, other = primaries
-        for here, there in ((one, other), (other, one)):
-            assert here.resource is not None
-            connection = here.resource.connections[there.id]
-            if (
-                connection.connected
-                and connection.settled
-                and any(
-                    replica.replicating
-                    for volume in here.resource.volumes.values()
-                    for replica in volume.replicas.values()
-                )
-            ):
-                self.run.fail(self, "two Primaries replicate to each other")
+        if all(self._replicates(node) for node in primaries):
+            self.run.fail(self, "two Primaries replicate to each other")
+
+    @staticmethod
+    def _replicates(node: Node) -> bool:
+        assert node.resource is not None
+        return not node.stopped and any(
+            replica.replicating and replica.carried_out
+            for volume in node.resource.volumes.values()
+            for replica in volume.replicas.values()
+        )
 
     def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
         if error == 0 and (node.resource is None or node.resource.roles.role is not Role.PRIMARY):

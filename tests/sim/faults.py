@@ -309,14 +309,7 @@ def detach(run: Run, fault: Fault) -> None:
     node = _who(run, fault.a)
     if node is None:
         return
-    volume = run.swarm.volumes[int(fault.c * len(run.swarm.volumes))]
-    life = node.life
-
-    def detached(ok: bool) -> None:
-        if ok and node.life == life:
-            run.loses(node, volume)
-
-    node.command("detach", lambda answer: detached(answer.ok), volume=volume)
+    run.manager.ask(node, "detach", volume=run.swarm.volumes[int(fault.c * len(run.swarm.volumes))])
     _later(run, fault.b, lambda: node.up and run.manager.ask(node, "attach"))
 
 

@@ -99,9 +99,9 @@ class Manager:
             if source.id in branch.holding[notice.fields["volume"]]:
                 branch.caught_up(notice.fields["volume"], {node.id})
         branch = run.branch_of[node.id]
-        if notice.code == "disk-failed" and "metadata" not in notice.fields["operation"]:
-            if not branch.loses(node.id, notice.fields["volume"]):
-                branch.all_lost_power(notice.fields["volume"])  # what was not FLUSHed is uncertain
+        uncertain = notice.code == "disk-failed" and "metadata" not in notice.fields["operation"]
+        if uncertain and not branch.loses(node.id, notice.fields["volume"]):
+            branch.all_lost_power(notice.fields["volume"])  # what was not FLUSHed
         if notice.code == "role" and notice.fields["role"] == "Primary":
             for number in branch.holding:
                 if self._lineage(node.id, number)[1] and node.id in branch.holding[number]:
@@ -274,7 +274,7 @@ class Manager:
         """A Primary on a copy that would be the target: the operator makes it Secondary."""
         for node in self.run.primaries():
             connections = node.resource.connections.values() if node.resource is not None else ()
-            if any("conflict" in connection.reason for connection in connections):
+            if any("conflict" in connection.reason or "exposed-data" in connection.reason for connection in connections):
                 self.ask(node, "secondary", force=True)
 
     def give_one_up(self) -> None:

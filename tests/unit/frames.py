@@ -23,7 +23,7 @@ HELLO = Hello(
 )
 STATE = VolumeState(
     disk=9, survived=True, paused=True, size_bytes=1 << 30, current=7, bitmap_id=5, dirty_count=3,
-    history=(4, 2),
+    exposed=6, history=(4, 2),
 )  # fmt: skip
 
 

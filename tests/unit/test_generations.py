@@ -15,13 +15,13 @@ from replicator.core.generations import (
     HISTORY_MAX,
     JUST_CREATED,
     PRIMARY_BIT,
+    RULES,
     UNSET,
     Decision,
     Outcome,
     Side,
     decide,
     remember,
-    RULES,
     same,
 )
 from replicator.core.options import Options
@@ -86,9 +86,7 @@ def test_both_nodes_come_to_mirrored_decisions(pair: tuple[Side, Side]) -> None:
 
 @settings(max_examples=400)
 @given(PAIRS)
-def test_a_source_is_never_a_mixture_and_a_primary_on_good_data_is_never_a_target(
-    pair: tuple[Side, Side]
-) -> None:
+def test_a_source_is_never_a_mixture_and_a_primary_on_good_data_is_never_a_target(pair: tuple[Side, Side]) -> None:
     decision = decide(*pair)
     if decision.outcome not in (Outcome.SOURCE, Outcome.TARGET):
         return
@@ -112,9 +110,7 @@ def test_no_sync_means_equal_ids_no_bits_and_nobody_in_doubt(pair: tuple[Side, S
 
 @settings(max_examples=400)
 @given(PAIRS)
-def test_equal_generations_with_bits_are_never_left_alone_while_one_copy_is_good(
-    pair: tuple[Side, Side]
-) -> None:
+def test_equal_generations_with_bits_are_never_left_alone_while_one_copy_is_good(pair: tuple[Side, Side]) -> None:
     ours, theirs = pair
     theirs = replace(theirs, current=ours.current ^ PRIMARY_BIT)
     decision = decide(ours, replace(theirs, dirty=True))
@@ -124,9 +120,7 @@ def test_equal_generations_with_bits_are_never_left_alone_while_one_copy_is_good
 
 @settings(max_examples=400)
 @given(PAIRS)
-def test_a_bitmap_sync_needs_equal_ids_or_a_fork_point_that_the_source_recorded(
-    pair: tuple[Side, Side]
-) -> None:
+def test_a_bitmap_sync_needs_equal_ids_or_a_fork_point_that_the_source_recorded(pair: tuple[Side, Side]) -> None:
     decision = decide(*pair)
     if decision.outcome not in (Outcome.SOURCE, Outcome.TARGET) or decision.full:
         return
@@ -360,7 +354,6 @@ def test_of_two_crashed_primaries_the_one_that_led_without_the_other_counts() ->
     assert decide(first, replace(last, survived=False)).outcome is Outcome.SOURCE  # else the lower node id
     both = replace(first, survived=True)
     assert decide(both, last).rule == "crashed-both-self"
-
 
 
 def test_no_fork_point_is_not_a_fork_point_even_if_the_peer_sends_nonsense() -> None:

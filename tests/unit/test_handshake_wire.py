@@ -88,6 +88,7 @@ def test_volume_state_survives_the_wire(state: VolumeState) -> None:
 def test_volume_state_has_exactly_the_bytes_of_the_specification() -> None:
     assert STATE.pack().hex() == (
         "09" "22" "0000000040000000" "0000000000000007" "0000000000000005" "0000000000000003"
+        "0000000000000006"
         "02" "0000000000000004" "0000000000000002"
     )  # fmt: skip
 
@@ -104,7 +105,7 @@ def test_volume_state_has_exactly_the_bytes_of_the_specification() -> None:
     ],
 )
 def test_each_volume_state_flag_has_its_bit(state: VolumeState, bit: int) -> None:
-    packed = bytes([0, bit]) + bytes(33)
+    packed = bytes([0, bit]) + bytes(41)
     assert state.pack() == packed
     assert VolumeState.unpack(packed) == state
 

@@ -278,7 +278,8 @@ def test_writes_that_are_not_acknowledged_end_the_link_although_pings_are_answer
     m.pause(2 * SECOND)
     assert m.state(m.alpha) == "Connected" and asked.reply is None
     assert m.wait(asked).error == 0
-    assert any("acknowledge" in str(notice.fields["reason"]) for notice in m.notices(m.alpha, "connection-state"))
+    assert m.state(m.alpha) == "StandAlone" and "ko-count" in m.reasons(m.alpha)["standalone"]
+    m.done(m.alpha, "connect")
     m.world.run(lambda: m.replication(m.beta) == "Established", 120 * SECOND)
     m.establish()
     assert m.identical()

@@ -196,6 +196,7 @@ def test_a_primary_met_while_the_indicator_is_written_says_no_before_its_role_is
     m.run(lambda: bool(asked.answers))
     assert (asked.answer.code, asked.answer.number) == ("peer-is-primary", -1)
     m.establish()
+    m.pause()
     assert (m.role(m.alpha), m.role(m.beta)) == ("Secondary", "Primary")
     assert not m.superblock(m.alpha).primary_indicator
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from replicator.core import superblock
 from replicator.core.actions import Action, Send
-from replicator.core.generations import same
+from replicator.core.generations import EXPOSED_RULE, same
 from replicator.core.resource import Resource
 from replicator.core.states import Replication
 from replicator.core.superblock import Superblock
@@ -150,3 +150,19 @@ def test_two_mixtures_of_one_generation_wait_for_somebody_who_is_whole() -> None
     assert m.disk(m.alpha) == m.disk(m.beta) == "Inconsistent" and m.sent(Kind.RESYNC_REQUEST) == 0
     assert [m.superblock(node).current for node in (m.alpha, m.beta)] == before, "no id is touched"
     assert m.command(m.alpha, "primary").number == -2
+
+
+def test_a_diskless_primary_refuses_a_copy_without_what_its_clients_have_seen_and_says_what_to_do() -> None:
+    m = Mirror(primary=0)
+    m.done(m.alpha, "detach")
+    m.write(m.alpha, 3, 7)
+    seen = m.superblock(m.beta).current
+    m.kill(m.beta)
+    rewrite(m, m.beta, current=77 << 8)
+    m.restart(m.beta)
+    m.run(lambda: m.state(m.alpha) == m.state(m.beta) == "StandAlone" and bool(m.reasons(m.alpha)))
+    for node in (m.alpha, m.beta):
+        text = m.reasons(node)[EXPOSED_RULE]
+        assert f"clients of alpha have seen generation {seen:016x}" in text
+        assert f"the data of beta (generation {77 << 8:016x})" in text
+    assert m.role(m.alpha) == "Primary"

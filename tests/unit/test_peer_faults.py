@@ -13,7 +13,7 @@ import pytest
 
 from replicator.core import receiver
 from replicator.core.actions import CloseLink, Send
-from replicator.core.connection import GOODBYE_DISCONNECT, GOODBYE_REFUSED, READ_BYTES_MAX
+from replicator.core.connection import GOODBYE_DISCONNECT, GOODBYE_REFUSED
 from replicator.core.events import Io, LinkFrames, LinkUp
 from replicator.core.handshake_wire import (
     RoleAnswer,
@@ -73,7 +73,10 @@ SENSELESS = {
         Frame(Kind.WRITE, sequence=LATE, size=512, payload=SECTOR),
         "WRITE from a peer that may not write",
     ),
-    "received, never sent": (Frame(Kind.RECEIVED, payload=pack_sequences([LATE])), f"RECEIVED for write {LATE}"),
+    "received, under protocol C": (
+        Frame(Kind.RECEIVED, payload=pack_sequences([LATE])),
+        "RECEIVED, which belongs to protocol B",
+    ),
     "written, never sent": (Frame(Kind.WRITTEN, payload=pack_sequences([LATE])), f"WRITTEN for write {LATE}"),
     "failed, never sent": (Frame(Kind.FAILED, payload=pack_sequences([LATE])), f"FAILED for write {LATE}"),
     "a barrier that was not": (Frame(Kind.BARRIER_ACK, sequence=99), "BARRIER_ACK 99 for no barrier of ours"),
@@ -145,6 +148,13 @@ def test_a_frame_without_sense_costs_the_link_and_nothing_else(case: str) -> Non
     m.establish()
     assert m.superblock(m.alpha).current == before.current, "nothing was lost, so nothing forked"
     assert m.identical() and m.block(m.alpha, 3) == 7 and m.sent(Kind.RESYNC_REQUEST) == 0
+
+
+def test_a_write_that_was_never_sent_cannot_be_received() -> None:
+    m = Mirror(primary=0, protocol="B")
+    text = f"RECEIVED for write {LATE}, which is not under way"
+    assert fault(m, m.alpha, Frame(Kind.RECEIVED, payload=pack_sequences([LATE]))) == text
+    m.establish()
 
 
 def test_frames_behind_a_fault_or_a_goodbye_are_not_looked_at() -> None:
@@ -255,11 +265,11 @@ def test_what_waits_behind_barriers_when_the_disk_fails_is_refused_in_order_howe
 def test_a_peer_cannot_make_us_read_more_than_a_bound_at_once() -> None:
     m = Mirror()
     m.slow_disks()
-    count = READ_BYTES_MAX // MIB
+    count = receiver.READ_BYTES_MAX // MIB
     frames = [Frame(Kind.READ, sequence=LATE + number, size=MIB) for number in range(count + 1)]
     hear(m, m.alpha, *frames[:-1])
     assert m.notices(m.alpha, "protocol-error") == []
-    assert fault(m, m.alpha, frames[-1]) == f"more than {READ_BYTES_MAX} bytes of reads at once"
+    assert fault(m, m.alpha, frames[-1]) == f"more than {receiver.READ_BYTES_MAX} bytes of reads at once"
 
 
 def test_a_copy_that_is_not_good_is_not_read_for_the_peer() -> None:
@@ -280,7 +290,8 @@ def test_a_read_that_ends_after_its_link_is_not_answered_on_the_next_one() -> No
     m.run(lambda: m.replication(m.alpha) == m.replication(m.beta) == "Established")
     m.pause(5 * SECOND)
     assert m.sent(Kind.READ_DATA) == 0 and m.state(m.beta) == "Connected"
-    assert m.connection(m.alpha)._read_bytes == 0, "the next link has the whole bound again"
+    now = m.connection(m.alpha).receiver
+    assert now is not None and now._read_bytes == 0, "the next link has the whole bound again"
 
 
 WRONG_ANSWERS = {
