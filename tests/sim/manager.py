@@ -99,9 +99,8 @@ class Manager:
             if source.id in branch.holding[notice.fields["volume"]]:
                 branch.caught_up(notice.fields["volume"], {node.id})
         branch = run.branch_of[node.id]
-        uncertain = notice.code == "disk-failed" and "metadata" not in notice.fields["operation"]
-        if uncertain and not branch.loses(node.id, notice.fields["volume"]):
-            branch.all_lost_power(notice.fields["volume"])  # what was not FLUSHed
+        if notice.code == "disk-failed":
+            self._disk_failed(node, notice)
         if notice.code == "role" and notice.fields["role"] == "Primary":
             for number in branch.holding:
                 if self._lineage(node.id, number)[1] and node.id in branch.holding[number]:
@@ -111,6 +110,13 @@ class Manager:
                 oracle.settled()  # clients that were cut off heard no answer; nothing is written later
         if notice.code == "sync-decision" and notice.fields["outcome"] == "target":
             self.target = node
+
+    def _disk_failed(self, node: Node, notice: Notice) -> None:
+        branch, number = self.run.branch_of[node.id], notice.fields["volume"]
+        if branch.holding[number] == {node.id}:
+            branch.all_lost_power(number)  # the last good copy: what was not FLUSHed is uncertain, here and elsewhere
+        elif "metadata" not in notice.fields["operation"]:
+            branch.leaves(node.id, number)
 
     def begin(self) -> None:
         """Remember the lineages from which the run starts."""
@@ -189,8 +195,9 @@ class Manager:
             for number in branch.holding:
                 branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
         elif power and not together:
-            for number in branch.holding:
-                if branch.lost_power(node.id, number):
+            for number, holding in branch.holding.items():
+                survived = self._lineage(node.id, number)[1] and holding != {node.id}  # it flushed before it said so
+                if not survived and branch.lost_power(node.id, number):
                     run.sometimes("last good copy lost power")
 
     def boot(self, node: Node) -> None:

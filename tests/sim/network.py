@@ -143,6 +143,7 @@ class Network:
         if left is not None and len(piece) > left:
             if left:
                 self.transmit(link, side, piece[:left])
+                self.world.moment(link.ends[side].node, "reset in the middle of a frame")
             delay = max(0, link.ready_at[side] - self.world.now) + 1
             self.world.after(delay, lambda: self.cut(link))
             return False
