@@ -113,6 +113,8 @@ ROUND_TRIPS: Final[dict[Kind, Callable[[bytes], bytes]]] = {
     Kind.ROLE_REPLY: lambda payload: hw.pack_role_reply(hw.unpack_role_reply(payload)),
     Kind.SYNC_PAUSE: lambda payload: hw.pack_sync_pause(hw.unpack_sync_pause(payload)),
     Kind.NEW_GENERATION: _generation,
+    Kind.CURRENT_GENERATION: lambda payload: hw.pack_current_generation(hw.unpack_current_generation(payload)),
+    Kind.RELY_REPLY: lambda payload: hw.pack_rely_reply(hw.unpack_rely_reply(payload)),
     Kind.READ_FAILED: lambda payload: hw.pack_errno(hw.unpack_errno(payload)),
     Kind.WRITTEN: lambda payload: hw.pack_sequences(hw.unpack_sequences(payload)),
     Kind.RESYNC_CONFIRM: lambda payload: hw.pack_ranges(hw.unpack_ranges(payload)),

@@ -312,6 +312,7 @@ _WAITED: Final = {
     Kind.PONG: Kind.PING, Kind.ROLE_REPLY: Kind.ROLE_REQUEST, Kind.VOLUME_STATE: Kind.VOLUME_STATE,
     Kind.DISK_STATE_ACK: Kind.DISK_STATE, Kind.NEW_GENERATION_ACK: Kind.NEW_GENERATION,
     Kind.BARRIER_ACK: Kind.BARRIER, Kind.READ_DATA: Kind.READ, Kind.READ_FAILED: Kind.READ,
+    Kind.RELY_REPLY: Kind.RELY_REQUEST,
     Kind.RESYNC_DATA: Kind.RESYNC_REQUEST, Kind.RESYNC_ZERO: Kind.RESYNC_REQUEST,
     Kind.RESYNC_EQUAL: Kind.RESYNC_REQUEST, Kind.RESYNC_FAILED: Kind.RESYNC_REQUEST,
 }  # fmt: skip
@@ -330,6 +331,8 @@ _PAYLOADS: Final[dict[Kind, Callable[[Peer, Frame], bytes]]] = {
     Kind.DISK_STATE: Peer.disk_state,
     Kind.BITMAP: Peer.bitmap,
     Kind.NEW_GENERATION: Peer.generation,
+    Kind.CURRENT_GENERATION: lambda peer, _: hw.pack_current_generation(GENERATION + peer.dice.below(3)),
+    Kind.RELY_REPLY: lambda peer, _: bytes([peer.dice.below(4)]),
     Kind.RESYNC_REQUEST: Peer.digest,
     Kind.READ_FAILED: lambda peer, _: bytes([0, 0, 0, peer.dice.below(7)]),
     Kind.RESYNC_FAILED: lambda peer, _: bytes([0, 0, 0, peer.dice.below(7)]),

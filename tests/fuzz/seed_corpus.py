@@ -41,6 +41,8 @@ PAYLOADS: Final[dict[Kind, bytes]] = {
     Kind.BITMAP: b"\2",
     Kind.DISK_STATE: hw.pack_disk_state(0, [(0, 4 * MIB), (8 * MIB, 512)]),
     Kind.NEW_GENERATION: hw.pack_generation(0x1234, clear_bitmap=True),
+    Kind.CURRENT_GENERATION: hw.pack_current_generation(0x1234),
+    Kind.RELY_REPLY: b"\1",
     Kind.RECEIVED: hw.pack_sequences([1]),
     Kind.WRITTEN: hw.pack_sequences([1, 2, 1 << 63]),
     Kind.FAILED: hw.pack_sequences([3]),

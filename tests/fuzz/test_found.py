@@ -70,9 +70,12 @@ def test_a_link_that_comes_and_goes_during_a_superblock_write_does_not_keep_it_w
     victim.say([Frame(Kind.GOODBYE, flags=16, payload=b"\1")])
     victim.ask(Io.WRITE, 0, BLOCK)
     victim.greet(victim.link_up())
+    victim.compare(GOOD)
     victim.greet(victim.link_up())
+    victim.compare(GOOD)
     victim.complete()  # the fork point; the two that waited for it have asked for a write of their own
     victim.greet(victim.link_up())
+    victim.compare(GOOD)
     victim.complete_all()
     assert victim.heard(Kind.VOLUME_STATE)
     victim.finish()

@@ -387,10 +387,11 @@ class Victim:
         return [frame for frame in self.wire.heard if frame.kind is kind] if self.wire is not None else []
 
     def compare(self, state: VolumeState) -> None:
-        """Our side of the round that the victim began."""
+        """Our side of the round that the victim began; as a Primary it waits until we begin one."""
         assert self.wire is not None
-        frame = self.heard(Kind.VOLUME_STATE)[-1]
-        self.deliver(self.wire, Frame(Kind.VOLUME_STATE, sequence=frame.sequence, payload=state.pack()))
+        said = self.heard(Kind.VOLUME_STATE)
+        sequence = said[-1].sequence if said else 1
+        self.deliver(self.wire, Frame(Kind.VOLUME_STATE, sequence=sequence, payload=state.pack()))
 
     # --- what must hold
 

@@ -108,9 +108,15 @@ class Evil:
         self.send(Frame(Kind.AGREE, payload=agree_hash(ours, self.theirs.pack())))
         self.send(Frame(Kind.ROLE, payload=hw.pack_role(False)))
 
+    def state_of_alpha(self) -> Frame:
+        """What alpha says, with the number of the next round.  A Primary lets the peer speak first: as if diskless."""
+        self.send(Frame(Kind.VOLUME_STATE, sequence=1, payload=VolumeState(disk=0).pack()))
+        frame = self.expect(Kind.VOLUME_STATE)
+        return replace(frame, sequence=frame.sequence + 1)
+
     def compare(self) -> None:
         """The round: this copy is the killed peer's, so alpha becomes source of a short resync."""
-        frame = self.expect(Kind.VOLUME_STATE)
+        frame = self.state_of_alpha()
         alpha = VolumeState.unpack(frame.payload)
         self.send(Frame(Kind.VOLUME_STATE, sequence=frame.sequence, payload=state_of_beta(alpha).pack()))
 

@@ -347,7 +347,7 @@ def test_a_peer_that_takes_a_write_and_never_answers_is_given_up(victim: Victim)
 def test_no_disk_state_a_peer_may_claim_breaks_anything(victim: Victim, disk: int) -> None:
     with victim.evil() as evil:
         evil.agree()
-        frame = evil.expect(Kind.VOLUME_STATE)
+        frame = evil.state_of_alpha()
         lie = replace(state_of_beta(VolumeState.unpack(frame.payload)), disk=disk)
         evil.send(Frame(Kind.VOLUME_STATE, sequence=frame.sequence, payload=lie.pack()))
         evil.send(Frame(Kind.PING, sequence=5))
@@ -367,7 +367,7 @@ def test_no_disk_state_a_peer_may_claim_breaks_anything(victim: Victim, disk: in
 def test_a_copy_that_does_not_fit_is_refused(victim: Victim, change: dict[str, Any]) -> None:
     with victim.evil() as evil:
         evil.agree()
-        frame = evil.expect(Kind.VOLUME_STATE)
+        frame = evil.state_of_alpha()
         lie = replace(state_of_beta(VolumeState.unpack(frame.payload)), **change)
         evil.send(Frame(Kind.VOLUME_STATE, sequence=frame.sequence, payload=lie.pack()))
         assert evil.ended()[-1].kind is Kind.GOODBYE
@@ -378,7 +378,7 @@ def test_a_copy_that_does_not_fit_is_refused(victim: Victim, change: dict[str, A
 def test_a_peer_that_says_it_is_ahead_of_a_primary_is_refused(victim: Victim) -> None:
     with victim.evil() as evil:
         evil.agree()
-        frame = evil.expect(Kind.VOLUME_STATE)
+        frame = evil.state_of_alpha()
         alpha = VolumeState.unpack(frame.payload)
         lie = VolumeState(disk=9, size_bytes=alpha.size_bytes, current=1234, bitmap_id=alpha.current, dirty_count=9)
         evil.send(Frame(Kind.VOLUME_STATE, sequence=frame.sequence, payload=lie.pack()))
@@ -403,7 +403,7 @@ def test_a_disk_that_is_lost_again_and_again_breaks_nothing(victim: Victim) -> N
 def test_the_highest_round_number_is_survived_also_by_the_next_round(victim: Victim) -> None:
     with victim.evil() as evil:
         evil.agree()
-        frame = evil.expect(Kind.VOLUME_STATE)
+        frame = evil.state_of_alpha()
         state = state_of_beta(VolumeState.unpack(frame.payload))
         evil.send(Frame(Kind.VOLUME_STATE, sequence=(1 << 64) - 1, payload=state.pack()))
         evil.ended()  # a round that far ahead is a broken peer: our own counter could never follow

@@ -73,7 +73,7 @@ def _different(scenario: Scenario, words: Words) -> None:
 
 
 def _differing(scenario: Scenario, volume: int) -> set[int]:
-    one, other = (bytes(node.disks[volume].data.seen) for node in (scenario.mirror.alpha, scenario.mirror.beta))
+    one, other = (bytes(node.disks[volume].data.seen[:]) for node in (scenario.mirror.alpha, scenario.mirror.beta))
     if one == other:
         return set()
     blocks = range(-(-max(len(one), len(other)) // BLOCK))

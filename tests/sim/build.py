@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from replicator.core.options import Options
 from tests.sim.disk import Disk
-from tests.sim.world import SECOND, Node, World
+from tests.sim.node import Node
+from tests.sim.world import SECOND, World
 
 NAMES = {0: "alpha", 1: "beta"}
 

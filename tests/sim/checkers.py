@@ -1,132 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The invariants, one small class each; docs/simulation.md has the whole list and who checks what else.
 
-A checker looks (white box) and never acts.  It is told of what happens by the hooks of `Checker`; a violation is
-`Run.fail`.  The register checks (I-1..I-4, I-7, I-25, I-31: what a client may see) live in `oracle.py`, because reads
-feed them.
+Registers (I-1..I-4, I-7, I-25, I-31: what a client may see) live in `oracle.py`, because reads feed them; what clients
+were promised is checked in `promises.py`.
 """
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
-from replicator.core import activity
 from replicator.core.actions import CommandDone, Notice
-from replicator.core.bitmap import Bitmap
 from replicator.core.generations import JUST_CREATED
 from replicator.core.geometry import (
-    ACTIVITY_BLOCKS,
-    ACTIVITY_OFFSET,
     BLOCK,
-    EXTENT_BLOCKS,
-    FIXED_BYTES,
     PAGE,
     SECTOR,
-    block_count,
-    slot_offset,
 )
 from replicator.core.resync import SyncTarget
 from replicator.core.states import Disk as DiskState
 from replicator.core.states import Role
-from replicator.core.superblock import Superblock, choose
+from replicator.core.superblock import choose
 from replicator.errors import FormatError
-from tests.sim.disk import LARGE, Disk
+from tests.sim.checker import Checker
+from tests.sim.disk import LARGE
 from tests.sim.node import Node
 from tests.sim.oracle import Issued
+from tests.sim.promises import AcknowledgedIsWritten, FailsWithReason, PromisedIsThere
+from tests.sim.stored import as_mask, lowest
 
 if TYPE_CHECKING:
     from tests.sim.run import Run
-
-
-class Checker:
-    """Hooks; the default is not to look."""
-
-    invariants: tuple[str, ...] = ()
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
-        """A write was answered; 0 is an acknowledgement."""
-
-    def moment(self) -> None:
-        """Now and then, and after each fault."""
-
-    def died(self, node: Node) -> None:
-        """A process is gone, its disks are as the crash left them."""
-
-    def answered(self, node: Node, verb: str, answer: CommandDone) -> None:
-        """An operator's command was answered."""
-
-    def noticed(self, node: Node, notice: Notice) -> None:
-        """The core reported something."""
-
-    def metadata(self, node: Node, volume: int) -> None:
-        """A metadata write is stable."""
-
-    def converged(self) -> None:
-        """The liveness phase ended and nothing is in flight."""
-
-
-# --- what is on a disk
-
-
-class Stored:
-    """What the metadata of one disk says, read again only when it was written."""
-
-    def __init__(self, disk: Disk, peer: int) -> None:
-        self._disk, self._peer = disk, peer
-        self._version = -1
-        self._superblock: Superblock | None = None
-        self._marked: int | None = None
-
-    def _read(self) -> None:
-        if self._version == self._disk.meta.version:
-            return
-        self._version = self._disk.meta.version
-        disk = self._disk
-        fixed = bytes(disk.meta.stable[disk.fixed_base : disk.fixed_base + FIXED_BYTES])
-        try:
-            self._superblock = choose(fixed[:PAGE], fixed[PAGE : 2 * PAGE]).superblock
-        except FormatError:
-            self._superblock = None
-        self._marked = None if self._superblock is None else self._marks(self._superblock, fixed)
-
-    def _marks(self, found: Superblock, fixed: bytes) -> int | None:
-        slot = found.slot_of(self._peer)
-        if slot is None or found.current == JUST_CREATED or found.peers[slot].full_sync:
-            return None
-        hot = activity.recover(fixed[ACTIVITY_OFFSET : ACTIVITY_OFFSET + ACTIVITY_BLOCKS * PAGE])
-        if hot.unknown:
-            return None
-        disk = self._disk
-        base = disk.fixed_base + slot_offset(slot, disk.slot_bytes)
-        raw = bytes(disk.meta.stable[base : base + disk.slot_bytes])
-        mask = as_mask(Bitmap.decode(raw, block_count(disk.size), slot)[0])
-        for extent in hot.extents:
-            mask |= _EXTENT_MASK << extent * EXTENT_BLOCKS
-        return mask
-
-    @property
-    def superblock(self) -> Superblock | None:
-        """What a node that starts now would use; None: it would refuse."""
-        self._read()
-        return self._superblock
-
-    @property
-    def marked(self) -> int | None:
-        """Dirty blocks and hot extents that a restart would find, a bit per block; None: all."""
-        self._read()
-        return self._marked
-
-
-_EXTENT_MASK = (1 << EXTENT_BLOCKS) - 1
-
-
-def as_mask(bitmap: Bitmap) -> int:
-    """A bit per dirty block."""
-    return int.from_bytes(bitmap._bits, "little") if bitmap.dirty_count else 0
 
 
 class DifferenceIsKnown(Checker):
@@ -193,11 +96,6 @@ class DifferenceIsKnown(Checker):
         return mask if still else mask | (stored.marked or 0)  # while writes are under way, the log on the disk counts
 
 
-def lowest(mask: int) -> int:
-    """The first block of a mask."""
-    return (mask & -mask).bit_length() - 1
-
-
 class OneWriter(Checker):
     """Two Primaries only after somebody promoted a copy that could not ask; never while they are connected."""
 
@@ -255,16 +153,6 @@ class GoodDataForPromotion(Checker):
             found = self.run.stored[node.id, number].superblock
             if volume.serving and volume.attached is not None and (found is None or not found.primary_indicator):
                 self.run.fail(self, f"volume {number} of a Primary has no stable PrimaryIndicator")
-
-
-class NoDataNoWrite(Checker):
-    """A write is acknowledged only where UpToDate data is within reach, and fails as EIO or EPERM."""
-
-    invariants = ("I-10",)
-
-    def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
-        if error not in (0, errno.EIO, errno.EPERM):
-            self.run.fail(self, f"write {write.number} ended with errno {error}")
 
 
 class GenerationBeforeAck(Checker):
@@ -427,21 +315,6 @@ class EqualOnceQuiet(Checker):
                     self.run.fail(self, f"volume {number}: established, and node {node.id} still has dirty bits")
 
 
-class PromisedIsThere(Checker):
-    """At the end the copies show what was acknowledged, and FLUSHed data after the power cuts of the run."""
-
-    invariants = ("I-1", "I-2", "I-3", "I-7")
-
-    def converged(self) -> None:
-        for branch in {id(branch): branch for branch in self.run.branch_of.values()}.values():
-            for number, oracle in branch.oracles.items():
-                seen = self.run.world.nodes[min(branch.nodes)].disks[number].data.seen
-                for sector in sorted(oracle.possible):
-                    fault = oracle.wrong(sector, seen[sector * SECTOR : (sector + 1) * SECTOR])
-                    if fault is not None:
-                        self.run.fail(self, f"volume {number}: {fault}")
-
-
 class NoBusyLoop(Checker):
     """A node whose clock runs asks for a tick that is ahead, and its clock is its own."""
 
@@ -460,7 +333,6 @@ CHECKERS: tuple[type[Checker], ...] = (
     OneWriter,
     NothingAfterDemotion,
     GoodDataForPromotion,
-    NoDataNoWrite,
     GenerationBeforeAck,
     TargetIsMarked,
     NeverBackwards,
@@ -468,6 +340,8 @@ CHECKERS: tuple[type[Checker], ...] = (
     SequencesGrow,
     AttachAfterCrash,
     EqualOnceQuiet,
-    PromisedIsThere,
     NoBusyLoop,
+    AcknowledgedIsWritten,
+    FailsWithReason,
+    PromisedIsThere,
 )

@@ -86,6 +86,7 @@ class Area:
         self.stable = make(size)
         self.seen = make(size)  # what a read returns: stable plus cache
         self.version = 0  # of `stable`
+        self.doomed: list[tuple[int, int]] = []  # clean in the page cache, and never written: a failed FLUSH
         self.cache: list[tuple[int, bytes]] = []
         self.touched: set[int] = set()  # blocks of `seen` that changed; whoever compares them empties it
 
@@ -122,6 +123,14 @@ class Area:
                 left.append(entry)
         self.cache = left
 
+    def fail_flush(self, covered: list[tuple[int, bytes]], rng: random.Random) -> int:
+        """A FLUSH that fails may drop what it was to write: reads go on showing it until the power is cut."""
+        known = {id(entry) for entry in covered}
+        for entry in [entry for entry in self.cache if id(entry) in known and rng.random() < 0.5]:
+            self.doomed.append((entry[0], len(entry[1])))
+            self.cache.remove(entry)
+        return errno.EIO
+
     def flush_last(self) -> None:
         """The newest write is stable (FUA), and with it older ones in its place: they can not come out over it."""
         chosen = [self.cache[-1]]
@@ -147,7 +156,11 @@ class Area:
             cut.torn += 0 < kept < len(data) // SECTOR
         for offset, data in self.cache:
             self.seen[offset : offset + len(data)] = self.stable[offset : offset + len(data)]
+        for offset, size in self.doomed:
+            self._touch(offset, size)
+            self.seen[offset : offset + size] = self.stable[offset : offset + size]
         self.cache.clear()
+        self.doomed.clear()
         return cut
 
     def damage(self, offset: int, data: bytes) -> None:

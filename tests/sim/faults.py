@@ -122,15 +122,15 @@ def stop(run: Run, fault: Fault) -> None:
 
     def go_on() -> None:
         if node.life == life and node.stopped:
-            if node in run.primaries() and not any(c.connected for c in _connections(run.other(node))):
+            if node in run.primaries() and not _connected(run.other(node)):
                 run.sometimes("zombie Primary")
             node.go_on()
 
     run.world.after(int(fault.b * SECOND) + 1, go_on)
 
 
-def _connections(node: Node) -> list[object]:
-    return [] if node.resource is None else list(node.resource.connections.values())
+def _connected(node: Node) -> bool:
+    return node.resource is not None and any(c.connected for c in node.resource.connections.values())
 
 
 @_kind
@@ -274,7 +274,7 @@ def disconnect(run: Run, fault: Fault) -> None:
     node = _who(run, fault.a)
     if node is not None:
         run.manager.ask(node, "disconnect")
-        _later(run, fault.b, lambda: node.up and run.manager.ask(node, "connect"))
+        _later(run, fault.b, lambda: run.manager.ask(node, "connect"))
 
 
 @_kind
@@ -283,7 +283,7 @@ def pause(run: Run, fault: Fault) -> None:
     node = _who(run, fault.a)
     if node is not None:
         run.manager.ask(node, "pause-sync")
-        _later(run, fault.b, lambda: node.up and run.manager.ask(node, "resume-sync"))
+        _later(run, fault.b, lambda: run.manager.ask(node, "resume-sync"))
 
 
 @_kind
@@ -310,7 +310,7 @@ def detach(run: Run, fault: Fault) -> None:
     if node is None:
         return
     run.manager.ask(node, "detach", volume=run.swarm.volumes[int(fault.c * len(run.swarm.volumes))])
-    _later(run, fault.b, lambda: node.up and run.manager.ask(node, "attach"))
+    _later(run, fault.b, lambda: run.manager.ask(node, "attach"))
 
 
 @_kind
@@ -335,8 +335,7 @@ def rot(run: Run, fault: Fault) -> None:
     if node is None or not run.established() or run.branch_of[node.id].authority != {0, 1}:
         return
     run.manager.die(node, power=False)
-    run.loses(node)
-    run.rotten.add(node.id)
+    run.rotten.add(node.id)  # its data is what it was: it may be refused, or copied, but not be believed wrongly
     disk = node.disks[run.swarm.volumes[0]]
     part = int(fault.c * 4)
     if part == 0:  # the superblock, one copy

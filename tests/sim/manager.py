@@ -53,7 +53,9 @@ class Manager:
         return node.up and not node.stopped and node.id in self.run.branch_of[node.id].authority
 
     def ask(self, node: Node, verb: str, **args: object) -> None:
-        """A command, with the checkers looking at the answer."""
+        """A command to a node that is up, with the checkers looking at the answer."""
+        if not node.up:
+            return
         life = node.life
 
         def done(answer: CommandDone) -> None:
@@ -110,6 +112,7 @@ class Manager:
                 oracle.settled()  # clients that were cut off heard no answer; nothing is written later
         if notice.code == "sync-decision" and notice.fields["outcome"] == "target":
             self.target = node
+            branch.loses(node.id, notice.fields["volume"])  # a mixture, until it is done
 
     def _disk_failed(self, node: Node, notice: Notice) -> None:
         branch, number = self.run.branch_of[node.id], notice.fields["volume"]
@@ -166,36 +169,59 @@ class Manager:
         for node in nodes:
             run.watch.dies(node, power=power, together=together)
         for node in nodes:
-            self._expect(node, power=power, together=together)
-        if power and together:
-            for branch in {id(branch): branch for branch in run.branch_of.values()}.values():
-                for number in branch.oracles:
-                    branch.all_lost_power(number)
+            self._received(node)
+        primaries = run.primaries()
         for node in nodes:
-            was_primary = node in run.primaries()
             cuts = node.die(power=power)
             if any(cut.torn for cut in cuts):
                 run.sometimes("a write was torn")
             self.promoting.discard(node.id)
-            if was_primary:
+            if node in primaries:
                 for oracle in run.branch_of[node.id].oracles.values():
                     oracle.died()
+        if power:
+            self._lost_power(nodes, primaries)
+        for node in nodes:
+            if node not in primaries:
+                self._unrecorded(node)
         for node in nodes:
             run.died(node)
 
-    def _expect(self, node: Node, *, power: bool, together: bool) -> None:
+    def _received(self, node: Node) -> None:
+        """Under protocol B a Secondary acknowledges what it has not written yet."""
         run = self.run
         branch = run.branch_of[node.id]
         if run.swarm.protocol == "B" and node not in run.primaries():
             assert node.resource is not None
             for number, volume in node.resource.volumes.items():
                 if volume.path.in_flight and not branch.loses(node.id, number):
-                    branch.all_lost_power(number)  # acknowledged when it was received, and not written
-        if power and run.swarm.protocol == "A" and node in run.primaries():
-            for number in branch.holding:
-                branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
-        elif power and not together:
+                    branch.all_lost_power(number)
+
+    def _unrecorded(self, node: Node) -> None:
+        """A Secondary that had everything died before it recorded that: a crashed Primary may be believed instead."""
+        run = self.run
+        branch = run.branch_of[node.id]
+        for number, holding in branch.holding.items():
+            mine, theirs = self._lineage(node.id, number), self._lineage(run.other(node).id, number)
+            if holding == {node.id} and not mine[1] and mine[0] | 1 == theirs[0] | 1:
+                branch.all_lost_power(number)
+
+    def _watched(self, node: Node) -> bool:
+        """The other node will notice that this Primary is gone, and record that it survived."""
+        other = self.run.other(node)
+        return other.resource is not None and other.resource.connections[node.id].connected
+
+    def _lost_power(self, nodes: tuple[Node, ...], primaries: list[Node]) -> None:
+        run = self.run
+        for node in nodes:
+            branch = run.branch_of[node.id]
             for number, holding in branch.holding.items():
+                if not branch.oracles[number].lacks(node.disks[number].data.seen):
+                    continue  # everything was stable
+                believed = node in primaries and (run.swarm.protocol == "A" or not self._watched(node))
+                if len(nodes) > 1 or believed:
+                    branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
+                    continue
                 survived = self._lineage(node.id, number)[1] and holding != {node.id}  # it flushed before it said so
                 if not survived and branch.lost_power(node.id, number):
                     run.sometimes("last good copy lost power")
@@ -281,7 +307,8 @@ class Manager:
         """A Primary on a copy that would be the target: the operator makes it Secondary."""
         for node in self.run.primaries():
             connections = node.resource.connections.values() if node.resource is not None else ()
-            if any("conflict" in connection.reason or "exposed-data" in connection.reason for connection in connections):
+            reasons = " ".join(connection.reason for connection in connections)
+            if "conflict" in reasons or "exposed-data" in reasons:
                 self.ask(node, "secondary", force=True)
 
     def give_one_up(self) -> None:

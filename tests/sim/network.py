@@ -215,7 +215,8 @@ class Network:
             return
         end.up = False
         life = node.life
-        self.world.after(1, lambda: node.life == life and node.step(ev.LinkDown(end.number, a.reason)))
+        down = ev.LinkDown(end.number, a.reason)
+        self.world.after(1, lambda: node.step(down) if node.life == life else None)
         other = link.ends[1 - side]
         when = max(link.ready_at[side], self.world.now) + self.world.net_delay()
 

@@ -38,7 +38,7 @@ class Node:
         self.writes: set[int] = set()  # tokens of `replies` that change something
         self.cuts = 0  # how often its clients were cut off
         self.notices: list[act.Notice] = []
-        self.in_flight: dict[int, tuple[Disk, Callable[[], None]]] = {}
+        self.in_flight: dict[int, tuple[Disk, Callable[[], object]]] = {}
         self.closing: dict[int, int] = {}
         self.stopped = False  # SIGSTOP
         self.inbox: list[ev.Event] = []  # what waits for a stopped process
@@ -186,7 +186,7 @@ class Node:
     ) -> None:
         """One operation: at its completion `error` is asked, then `effect` applied; `crash` is what it may leave."""
         disk, life, serial = self.disks[volume], self.life, next(self.world.serial)
-        self.in_flight[serial] = (disk, lambda: None if disk.broken else (crash or effect)() and None)
+        self.in_flight[serial] = (disk, lambda: None if disk.broken else (crash or effect)())
 
         def complete() -> None:
             if self.life != life:
@@ -250,7 +250,7 @@ class Node:
         self._operation(
             a.volume, a.token, "flush",
             lambda: disk.data.flush_these(covered),
-            lambda: disk.error or (5 if disk.fail_flush else 0),
+            lambda: disk.error or (disk.data.fail_flush(covered, self.world.rng) if disk.fail_flush else 0),
             delay_factor=3,
         )  # fmt: skip
 

@@ -193,7 +193,7 @@ class Branch:
         self.holding = {number: set(nodes) for number in oracles}
         self.stable = {number: set(nodes) for number in oracles}
         self.parent = parent
-        self.local_flush = parent.local_flush if parent is not None else False  # FLUSH says nothing of the peer
+        self.local_flush: bool = parent.local_flush if parent is not None else False  # FLUSH says nothing of the peer
         self.complete = True  # at the fork it had all that the parent had acknowledged
         self.parent_acked = parent.acked if parent is not None else 0
 

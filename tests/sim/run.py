@@ -18,12 +18,14 @@ from replicator.core.geometry import SECTOR
 from replicator.core.states import Disk as DiskState
 from replicator.core.states import Role
 from tests.sim.build import boot, established, ready, two_nodes
-from tests.sim.checkers import CHECKERS, Checker, Stored
+from tests.sim.checker import Checker
+from tests.sim.checkers import CHECKERS
 from tests.sim.faults import FAULTS, Traps
 from tests.sim.manager import Manager
 from tests.sim.node import Node
 from tests.sim.oracle import GARBAGE, Branch, Issued, Oracle, fill
 from tests.sim.situations import SITUATIONS
+from tests.sim.stored import Stored
 from tests.sim.tape import Fault, Op, Tape
 from tests.sim.watch import Watch
 from tests.sim.world import MS, SECOND, US, World
@@ -277,6 +279,8 @@ class Run:
 
         def done(reply: Reply) -> None:
             if reply.error == 0:
+                for checker in self.checkers:
+                    checker.flushed(node, op.volume, started)
                 branch.oracles[op.volume].flushed(started)
                 holders = self.holders(node, op.volume)
                 branch.flushed_on(op.volume, holders & {node.id} if self.swarm.protocol == "A" else holders)

@@ -209,7 +209,9 @@ class Tape:
         found: Mapping[str, Any] = json.loads(text)
         if "swarm" not in found:
             return replace(cls.draw(found["seed"]), why=found["why"])
-        swarm = {name: tuple(value) if isinstance(value, list) else value for name, value in found["swarm"].items()}
+        swarm: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found["swarm"].items()
+        }
         return cls(
             found["seed"],
             Swarm(**swarm),
@@ -240,8 +242,11 @@ def _op(rng: random.Random, swarm: Swarm, mean_us: int) -> Op:
     if swarm.size_bytes > EXTENT:  # few places in each extent: many extents, and still collisions
         extent = EXTENT // SECTOR
         first = first // extent * extent + first % 64
+        if rng.random() < 0.1:
+            first = max(extent, first // extent * extent) - 4  # across a border
         if first + count > sectors:
             first = sectors - 64
     elif rng.random() < 0.4:
         first = first % 256
-    return Op(int(rng.expovariate(1) * mean_us), kind, rng.choice(swarm.volumes), first, count, rng.random() < 0.1)
+    pause_us = 0 if rng.random() < 0.2 else int(rng.expovariate(1) * mean_us)
+    return Op(pause_us, kind, rng.choice(swarm.volumes), first, count, rng.random() < 0.1)

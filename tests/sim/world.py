@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from replicator.core import actions as act
 from replicator.core.options import Options
@@ -50,7 +51,7 @@ class World:
         #: called at each completion and each frame; True: the node died of it
         self.at_moment: Callable[[int, str], bool] | None = None
         self.at_metadata: Callable[[Node, int], None] | None = None
-        self._handlers: dict[type, Callable[[Node, act.Action], object]] = {
+        self._handlers: dict[type, Callable[[Node, Any], object]] = {
             act.ReadData: Node.read_data,
             act.WriteData: Node.write_data,
             act.ZeroData: Node.zero_data,
@@ -65,7 +66,7 @@ class World:
             act.Dial: lambda node, a: self.network.dial(node, a.peer),
             act.Send: self._send,
             act.CloseLink: self.network.close,
-        }  # type: ignore[assignment]
+        }
 
     def new_id(self) -> int:
         """A generation id."""

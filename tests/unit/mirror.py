@@ -388,7 +388,7 @@ class Mirror:
 
     def identical(self, volume: int = 0) -> bool:
         """Both disks, byte for byte."""
-        return self.alpha.disks[volume].data.seen == self.beta.disks[volume].data.seen
+        return bool(self.alpha.disks[volume].data.seen == self.beta.disks[volume].data.seen)
 
     def superblock(self, node: Node, volume: int = 0) -> Superblock:
         """As a node that starts now would read it."""
