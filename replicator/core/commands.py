@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from replicator.core.actions import CommandDone
@@ -125,38 +126,18 @@ class Commands:
         volumes = [volume for volume in self._volumes(command.args) if volume.attached is not None]
         roles = self._resource.roles
         if roles.busy or roles.granted_to is not None or not self._resource.settled:
-            self._done(command, in_transition())
-            return
-        self._detach_next(command, volumes, list(volumes), None)
+            return self._done(command, in_transition())
 
-    def _detach_next(
-        self, command: Command, volumes: list[Volume], left: list[Volume], refusal: Refusal | None
-    ) -> None:
-        """Volume by volume: where a Primary is left with the peer's copy, that peer has to agree (V12)."""
-        refusal = refusal or self._detach_refusal([volume for volume in volumes if volume.attached is not None])
-        while left and refusal is None:
-            volume = left.pop()
-            peer = self._relies_on(volume)
-            if peer is not None:
+        def refusal_now() -> Refusal | None:
+            return self._detach_refusal([volume for volume in volumes if volume.attached is not None])
 
-                def answered(refusal: Refusal | None) -> None:
-                    volume.path.draining = refusal is None
-                    self._detach_next(command, volumes, left, refusal)
+        def drains(refusal: Refusal | None) -> None:
+            if refusal is None:
+                self._waiting.append(lambda: self._drained(command, volumes))
+            else:
+                self._stay(command, volumes, refusal)
 
-                self._resource.reliance.ask(volume, peer, answered)
-                return
-            volume.path.draining = True
-        if refusal is not None:
-            self._stay(command, volumes, refusal)
-        else:
-            self._waiting.append(lambda: self._drained(command, volumes))
-
-    def _relies_on(self, volume: Volume) -> int | None:
-        """The peer whose copy a Primary, here or there, is left with when ours goes."""
-        for peer, replica in volume.replicas.items():
-            if replica.has_good_data and (self._resource.primary or self._peer_primary(peer)):
-                return peer
-        return None
+        self._resource.reliance.drain(volumes, refusal_now, drains)
 
     def _stay(self, command: Command, volumes: list[Volume], refusal: Refusal) -> None:
         for volume in volumes:
@@ -283,9 +264,7 @@ class Commands:
             )
             return
         peer = sources[0]
-        self._resource.reliance.ask(
-            volume, peer, lambda refusal: self._invalidate_granted(command, volume, peer, refusal)
-        )
+        self._resource.reliance.ask(volume, peer, partial(self._invalidate_granted, command, volume, peer))
 
     def _invalidate_granted(self, command: Command, volume: Volume, peer: int, refusal: Refusal | None) -> None:
         if refusal is None and (self._resource.roles.busy or not volume.replicas[peer].has_good_data):

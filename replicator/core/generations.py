@@ -215,8 +215,8 @@ def hold_to_exposed(ours: Side, theirs: Side, decision: Decision) -> Decision:
     """Clients go on only with data that contains what they have seen (V11; decision 0009).
 
     `decision` stays, or becomes a conflict: the copy that would be good in it has neither the exposed generation nor
-    descends from it.  A mixture is not looked at: nobody reads it.  Nor is a copy of their own that meets a peer without
-    one: it stays in doubt, and is not read either.
+    descends from it.  A mixture is not looked at: nobody reads it.  Nor is a copy of their own that meets a peer
+    without one: it stays in doubt, and is not read either.
     """
     candidates = {Outcome.SOURCE: (ours,), Outcome.TARGET: (theirs,), Outcome.NONE: (ours, theirs)}
     good = [side for side in candidates.get(decision.outcome, ()) if side.disk > Disk.INCONSISTENT]

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parting on purpose under a fencing policy: the Secondary is Outdated, and the Primary knows it (decision 0001, V13).
 
-Whichever side says GOODBYE, the Secondary makes its copies durably Outdated and then says so, in a second GOODBYE on the
-same link; the Primary keeps the link open for that, one ping timeout at most.  Only that answer counts: a GOODBYE that
-was sent on a dead link outdates nobody.  Nothing else is done on such a link, and nothing waits for it but the answer
-to the operator's `disconnect`.
+Whichever side says GOODBYE, the Secondary makes its copies durably Outdated and then says so, in a second GOODBYE on
+the same link; the Primary keeps the link open for that, one ping timeout at most.  Only that answer counts: a GOODBYE
+that was sent on a dead link outdates nobody.  Nothing else is done on such a link, and nothing waits for it but the
+answer to the operator's `disconnect`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from replicator.core.actions import CloseLink, Send
@@ -110,8 +111,9 @@ class Leaving:
         attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
         missing = {volume.number for volume in attached}
 
-        def durable(number: int) -> None:
-            missing.discard(number)
+        def durable(number: int | None) -> None:
+            if number is not None:
+                missing.discard(number)
             if not missing and self._resource.closing(link):
                 payload = pack_goodbye(GOODBYE_OUTDATED, "this copy is Outdated")
                 self._context.out.append(Send(link, Frame(Kind.GOODBYE, payload=payload)))
@@ -120,11 +122,9 @@ class Leaving:
         for volume in attached:
             if volume.disk in (Disk.UP_TO_DATE, Disk.CONSISTENT):
                 volume.become(DiskMove.PEER_IS_NEWER)
-            volume.ledger.save(
-                lambda found: replace(found, was_up_to_date=False), lambda number=volume.number: durable(number)
-            )
+            volume.ledger.save(lambda found: replace(found, was_up_to_date=False), partial(durable, volume.number))
         if not attached:
-            durable(-1)
+            durable(None)
 
 
 def confirms(goodbye: Frame) -> bool:

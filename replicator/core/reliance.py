@@ -13,12 +13,13 @@ copy that is not good any more, or is being drained, and is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from replicator.core.context import Context
 from replicator.core.handshake_wire import RelyAnswer, pack_rely_reply, unpack_rely_reply
 from replicator.core.promotion import Refusal, in_transition
-from replicator.core.states import Disk
+from replicator.core.states import Disk, Role
 from replicator.core.volume import Volume
 from replicator.core.wire import Frame, Kind
 
@@ -41,6 +42,43 @@ class Reliance:
     def idle(self) -> bool:
         """No answer is awaited."""
         return not self._asked
+
+    @property
+    def letting_go(self) -> bool:
+        """A copy of ours is, or may soon be, none that a peer can live on."""
+        return not self.idle or any(volume.path.draining for volume in self._resource.volumes.values())
+
+    def drain(self, volumes: list[Volume], refusal_now: Callable[[], Refusal | None], then: Then) -> None:
+        """Begin to drain these volumes for a detach: one after the other, as their peers agree.
+
+        `refusal_now` is asked again after each answer.  After a refusal some of them may be draining.
+        """
+        left = list(volumes)
+
+        def go_on(refusal: Refusal | None) -> None:
+            refusal = refusal or refusal_now()
+            while left and refusal is None:
+                volume = left.pop()
+                peer = self._relies_on(volume)
+                if peer is not None:
+                    self.ask(volume, peer, partial(answered, volume))
+                    return
+                volume.path.draining = True
+            then(refusal)
+
+        def answered(volume: Volume, refusal: Refusal | None) -> None:
+            volume.path.draining = refusal is None
+            go_on(refusal)
+
+        go_on(None)
+
+    def _relies_on(self, volume: Volume) -> int | None:
+        """The peer whose copy a Primary, here or there, is left with when ours goes."""
+        for peer, replica in volume.replicas.items():
+            primary = self._resource.primary or self._resource.connections[peer].role is Role.PRIMARY
+            if primary and replica.has_good_data:
+                return peer
+        return None
 
     def ask(self, volume: Volume, peer: int, then: Then) -> None:
         """Ask a connected peer; `then(None)` when it grants, `then(refusal)` when not or when it is lost."""

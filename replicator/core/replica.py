@@ -403,7 +403,9 @@ class Replica:
 
         def change(found: Superblock) -> Superblock:
             found = clear_slot(found, self.peer)
-            return replace(found, was_up_to_date=found.was_up_to_date or lifted, crashed_primary=False)
+            indicator = found.primary_indicator or (volume.group.primary and lifted)  # V6: it may be served from now on
+            good = found.was_up_to_date or lifted
+            return replace(found, was_up_to_date=good, crashed_primary=False, primary_indicator=indicator)
 
         def done() -> None:
             if self.link is not link or self.decision is None:

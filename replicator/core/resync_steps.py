@@ -147,6 +147,7 @@ class ResyncSteps:
             return replace(
                 clear_slot(found, self.peer),
                 crashed_primary=False,
+                primary_indicator=found.primary_indicator or volume.group.primary,
                 resource_id=resource_id,
                 size_bytes=volume.size,
             )
@@ -177,7 +178,8 @@ class ResyncSteps:
 
         def change(found: Superblock) -> Superblock:
             found = with_slot(found, self.peer, full_sync=False)
-            return replace(found, consistent=True, was_up_to_date=good)
+            indicator = found.primary_indicator or volume.group.primary  # V6: the copy is served from now on
+            return replace(found, consistent=True, was_up_to_date=good, primary_indicator=indicator)
 
         def durable() -> None:
             if self.link is not link or self.sync is not sync or link is None:

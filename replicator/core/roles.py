@@ -242,6 +242,8 @@ class Roles:
             # A link came up while the superblock was written: that peer has to be asked too.
             self._step = self._promotion_step
             return
+        if not self._indicated(self._become_primary, primary=True):
+            return
         self.role = move(ROLE_MOVES, self.role, RoleMove.PROMOTED)
         for volume in self._resource.volumes.values():
             volume.start_serving()
@@ -250,6 +252,22 @@ class Roles:
         self._tell_peers(primary=True)
         self._end(None)
         self._resource.identity_changed(forced=self._force)
+
+    def _indicated(self, then: Callable[[], None], *, primary: bool) -> bool:
+        """PrimaryIndicator is right; if a resync ended meanwhile and it is not, it is written, and `then` follows."""
+        wrong = []
+        for volume in self._resource.volumes.values():
+            found = volume.ledger.wanted if volume.attached is not None else None
+            if found is not None and found.primary_indicator != (primary and found.consistent):
+                wrong.append(volume)
+        if wrong:
+            self._wait_for({volume.number for volume in wrong}, then)
+        for volume in wrong:
+            volume.ledger.save(
+                lambda found: replace(found, primary_indicator=primary and found.consistent),
+                partial(self._volume_done, volume),
+            )
+        return not wrong
 
     def _lost_disk_meanwhile(self) -> bool:
         volumes, peers = self.facts()
@@ -298,6 +316,8 @@ class Roles:
         return emptied
 
     def _become_secondary(self) -> None:
+        if not self._indicated(self._become_secondary, primary=False):
+            return
         self.role = move(ROLE_MOVES, self.role, RoleMove.DEMOTED)
         for volume in self._resource.volumes.values():
             volume.serving, volume.exposed = False, UNSET
@@ -313,17 +333,12 @@ class Roles:
             answer = RoleAnswer.I_AM_PRIMARY
         elif self.busy == "promotion" and (self._step is None or self._context.options.node_id < connection.peer):
             answer = RoleAnswer.I_AM_ASKING
-        elif not connection.settled or self._lets_go():
+        elif not connection.settled or self._resource.reliance.letting_go:
             answer = RoleAnswer.ROUND_GOING_ON
         else:
             answer = RoleAnswer.GRANTED
             self.granted_to = connection
         connection.send(Frame(Kind.ROLE_REPLY, sequence=frame.sequence, payload=pack_role_reply(answer)))
-
-    def _lets_go(self) -> bool:
-        """A copy of ours is being detached or invalidated: the peer may be about to live on it."""
-        resource = self._resource
-        return not resource.reliance.idle or any(volume.path.draining for volume in resource.volumes.values())
 
     def answered(self, connection: Connection, frame: Frame) -> str | None:
         """ROLE_REPLY."""
