@@ -64,6 +64,10 @@ class Home(Protocol):
         """A write or flush of the local disk failed."""
 
     @property
+    def suspect(self) -> bool:
+        """What the local disk shows may not be on it: an earlier flush or write of it failed."""
+
+    @property
     def locks(self) -> RangeLocks:
         """Of this volume."""
 
@@ -110,7 +114,8 @@ class SyncTarget:
         self._peer = peer
         self._send = send
         self._finished = finished
-        self._mode = context.options.checksum_sync
+        # After a failed flush the page cache may show what the disk never got: "equal" would mean nothing (V8).
+        self._mode = "never" if home.suspect else context.options.checksum_sync
         self._digests = self._mode == "always" or (self._mode == "auto" and full)
         self.full = full
         self.total = home.dirty_count(peer)  # blocks

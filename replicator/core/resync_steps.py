@@ -185,6 +185,7 @@ class ResyncSteps:
             if self.link is not link or self.sync is not sync or link is None:
                 return
             self.sync = None
+            volume.suspect = False
             volume.become(DiskMove.SYNC_DONE)
             if not good:
                 volume.become(DiskMove.PEER_IS_NEWER)

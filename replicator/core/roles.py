@@ -12,8 +12,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from replicator.core.actions import CutClients
+from replicator.core.actions import CutClients, FlushData
 from replicator.core.context import Context
+from replicator.core.events import DiskDone
 from replicator.core.generations import JUST_CREATED, PRIMARY_BIT, UNSET, same
 from replicator.core.handshake_wire import RoleAnswer, pack_role, pack_role_reply, unpack_role_reply
 from replicator.core.ledger import slot_index, with_slot
@@ -151,7 +152,7 @@ class Roles:
                 self._abort(in_transition())
             return
         self._step = None  # from here on completions drive it
-        resource.when_quiet(self._write_indicator)
+        resource.when_quiet(self._flush)
 
     def _probe_peers(self) -> None:
         if self._probed:
@@ -181,6 +182,20 @@ class Roles:
     def _tell_peers(self, *, primary: bool) -> None:
         for connection in self._resource.connections.values():
             connection.send(Frame(Kind.ROLE, payload=pack_role(primary)))
+
+    def _flush(self) -> None:
+        """What an earlier Primary had acknowledged is stable before we answer a FLUSH with nothing of ours (I-3)."""
+        attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
+        self._wait_for({volume.number for volume in attached}, self._write_indicator)
+        for volume in attached:
+            token = self._context.ask(self._flushed, volume)
+            self._context.out.append(FlushData(volume.number, token))
+
+    def _flushed(self, volume: Volume, event: DiskDone) -> None:
+        if event.error:
+            volume.disk_error("flush", event.error)  # (it says `disk_lost`)
+        else:
+            self._volume_done(volume)
 
     def _write_indicator(self) -> None:
         """Durable step: PrimaryIndicator, with whatever the promotion changes in the lineage."""
@@ -393,8 +408,8 @@ def promoted(found: Superblock, volume: Volume, fresh: int, *, trusted: bool) ->
     never as an ancestor.  A crashed Primary that goes on while bits towards an absent peer are dirty forks at once.
 
     Whoever leads without its peer is a survivor of it (decision 0007): what its clients read is not taken back by a
-    peer that has something older after a crash of both (I-31).  A fork would say so too, but it would make a split brain
-    of a promotion that a Primary who comes back forbids at the last moment.
+    peer that has something older after a crash of both (I-31).  A fork would say so too, but it would make a split
+    brain of a promotion that a Primary who comes back forbids at the last moment.
     """
     if trusted and not found.consistent:
         unknown = found.current

@@ -84,6 +84,7 @@ class Volume:
         self.serving = False  # Primary on this copy (not one that was attached while Primary)
         self.exposed = UNSET  # the generation our clients have seen, while it is not served from here (V11)
         self.error = ""  # why the last attach failed
+        self.suspect = False  # the disk failed and came back: what it shows may not be on it
         self.path = WritePath(self, context, log)
         self.replicas: dict[int, Replica] = {peer: Replica(self, peer) for peer in context.options.peers}
         self.absent_mask = 0
@@ -205,6 +206,7 @@ class Volume:
             return  # it is being let go already
         self.context.notice("disk-failed", volume=self.number, operation=what, errno=error)
         self.error = f"a {what} failed with errno {error}"
+        self.suspect = True
         ranges = [] if self.attached is None else self._hot_ranges(self.attached)
         self.disk = move(DISK_MOVES, self.disk, DiskMove.IO_ERROR)
         self._let_go(ranges)
@@ -423,6 +425,7 @@ class Volume:
         self._attaching = None
         self.size = attached.size
         self.serving = False
+        self.suspect |= found.outdated  # as a failed disk is marked (decision 0001, disk failure)
         if not found.consistent:
             happened = DiskMove.FOUND_INCONSISTENT
         elif not found.was_up_to_date:

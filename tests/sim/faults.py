@@ -296,11 +296,8 @@ def invalidate(run: Run, fault: Fault) -> None:
         return
     volume = run.swarm.volumes[int(fault.b * len(run.swarm.volumes))]
     run.sometimes("invalidated")
-    run.loses(secondary[0], volume)
-    if fault.c < 0.5:
-        run.manager.ask(secondary[0], "invalidate", volume=volume)
-    else:
-        run.manager.ask(run.other(secondary[0]), "invalidate-remote", volume=volume)
+    verb, who = ("invalidate", secondary[0]) if fault.c < 0.5 else ("invalidate-remote", run.other(secondary[0]))
+    run.manager.ask(who, verb, volume=volume)
 
 
 @_kind

@@ -112,7 +112,8 @@ class Manager:
                 oracle.settled()  # clients that were cut off heard no answer; nothing is written later
         if notice.code == "sync-decision" and notice.fields["outcome"] == "target":
             self.target = node
-            branch.loses(node.id, notice.fields["volume"])  # a mixture, until it is done
+        if notice.code == "disk-state" and notice.fields["disk"] == "Inconsistent":
+            branch.loses(node.id, notice.fields["volume"])  # thrown away, or a mixture until it is synced
 
     def _disk_failed(self, node: Node, notice: Notice) -> None:
         branch, number = self.run.branch_of[node.id], notice.fields["volume"]
@@ -319,8 +320,8 @@ class Manager:
         if not self.split():
             run.fail("SplitBrainStays", "a split brain went away by itself")
         for branch in {id(branch): branch for branch in run.branch_of.values()}.values():
-            node = run.world.nodes[min(branch.authority or branch.nodes)]
             for number, oracle in branch.oracles.items():
+                node = run.world.nodes[min(branch.holding[number] or branch.nodes)]
                 for sector in oracle.possible:
                     fault = oracle.wrong(sector, node.disks[number].data.seen[sector * 512 : (sector + 1) * 512])
                     if fault is not None:
@@ -330,6 +331,9 @@ class Manager:
             # A fork of a Primary that acknowledged nothing in it: the other copy has everything.
             loser = run.other(loser)
         run.world.trace(9, f"node {loser.id} is given up")
+        kept = run.other(loser)
+        if run.still_one() and kept.id not in run.branch_of[kept.id].authority:
+            run.fork(kept)  # (protocol A: it lacks a suffix)
         self.die(loser, power=False)
         run.joins(loser, run.other(loser))
         self.replace_disk(loser)

@@ -416,3 +416,28 @@ def test_the_exposed_generation_travels_only_while_the_copy_is_not_served() -> N
     assert m.replica(m.alpha).state() == replace(
         m.replica(m.alpha).state(), disk=Disk.DISKLESS, exposed=m.superblock(m.beta).current, size_bytes=0
     )
+
+
+def test_a_new_primary_has_everything_stable_before_it_answers_a_flush() -> None:
+    m = Mirror(primary=0, epoch_time_ns=1000 * SECOND)
+    m.write(m.alpha, 3, 7)
+    m.kill(m.alpha)
+    m.run(lambda: m.state(m.beta) != "Connected")
+    m.done(m.beta, "primary")
+    m.flush(m.beta)
+    assert m.stable(m.beta, 3) == 7
+
+
+def test_after_a_failed_flush_no_block_counts_as_equal_by_its_digest() -> None:
+    m = Mirror(primary=0, checksum_sync="always", epoch_time_ns=1000 * SECOND)
+    m.write(m.alpha, 3, 7)
+    m.beta.disks[0].fail_flush = True
+    m.begin(m.alpha, "pause-sync")
+    m.ask(m.alpha, Io.FLUSH)
+    m.run(lambda: m.disk(m.beta) == "Diskless")
+    m.beta.disks[0].mend()
+    m.done(m.alpha, "resume-sync")
+    m.done(m.beta, "attach")
+    m.establish()
+    assert m.notices(m.beta, "resync-finished")[-1].fields["same_blocks"] == 0
+    assert m.stable(m.beta, 3) == 7

@@ -119,9 +119,11 @@ def test_two_promotions_a_moment_apart_never_make_two_primaries(delay_us: int) -
 
 def promotion_met_by_a_link(m: Mirror) -> bool:
     """alpha, alone, writes its indicator while the link comes up; whether the promotion succeeded."""
-    m.slow_disks(2_000_000)
+    flushes, indicators = m.actions("FlushData"), m.actions("WriteMeta")
     asked = m.begin(m.alpha, "primary")
-    m.pause(MS)
+    m.run(lambda: bool(flushes))
+    m.slow_disks(2_000_000)
+    m.run(lambda: bool(indicators))
     m.fast_disks()
     m.heal()
     m.run(lambda: m.connection(m.alpha).connected or bool(asked.answers))

@@ -165,7 +165,7 @@ def test_writes_that_a_peer_refuses_are_marked_and_answered() -> None:
     m.beta.disks[0].broken = True
     m.write(m.alpha, 5, 7)
     assert m.dirty(m.alpha) >= {5}
-    assert m.disk(m.beta) == "Diskless"
+    m.run(lambda: m.disk(m.beta) == "Diskless")
     assert m.replica(m.alpha).disk.word == "Diskless"
 
 

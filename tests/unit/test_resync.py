@@ -70,6 +70,8 @@ class Node:
         if isinstance(lock.holder, Copy | SourceRead):
             lock.holder.lock_granted()
 
+    suspect = False
+
     def next_dirty(self, peer: int, start: int, blocks_max: int) -> tuple[int, int] | None:
         return self.bitmap.next_run(start, blocks_max)
 
