@@ -161,8 +161,12 @@ class GenerationBeforeAck(Checker):
     invariants = ("I-15", "I-16")
 
     def replied(self, node: Node, volume: int, write: Issued, error: int) -> None:
-        if error or node.resource is None:
-            return
+        if not error:
+            self.run.world.after(1, lambda: self._check(node, volume, write))  # when the turn is over
+
+    def _check(self, node: Node, volume: int, write: Issued) -> None:
+        if node.resource is None or write.issued <= self.run.watch.lost_at.get(node.id, 0):
+            return  # (what was under way when the link went is marked, and forks at once)
         here = node.resource.volumes[volume]
         first, last = write.first * SECTOR // BLOCK, ((write.first + write.count) * SECTOR - 1) // BLOCK
         lacking = self.run.checker(DifferenceIsKnown).compare(volume) >> first & (1 << last - first + 1) - 1

@@ -50,7 +50,9 @@ class Manager:
         run.world.after(TICK_NS * 2 if run.healing else TICK_NS, self.tick)
 
     def _may_lead(self, node: Node) -> bool:
-        return node.up and not node.stopped and node.id in self.run.branch_of[node.id].authority
+        run = self.run
+        good = all(run.good(node.id, number) for number in run.swarm.volumes)
+        return good and not node.stopped and node.id in run.branch_of[node.id].authority
 
     def ask(self, node: Node, verb: str, **args: object) -> None:
         """A command to a node that is up, with the checkers looking at the answer."""
@@ -120,7 +122,7 @@ class Manager:
         if branch.holding[number] == {node.id}:
             branch.all_lost_power(number)  # the last good copy: what was not FLUSHed is uncertain, here and elsewhere
         elif "metadata" not in notice.fields["operation"]:
-            branch.leaves(node.id, number)
+            branch.holding[number].discard(node.id)
 
     def begin(self) -> None:
         """Remember the lineages from which the run starts."""
@@ -220,7 +222,8 @@ class Manager:
                 if not branch.oracles[number].lacks(node.disks[number].data.seen):
                     continue  # everything was stable
                 believed = node in primaries and (run.swarm.protocol == "A" or not self._watched(node))
-                if len(nodes) > 1 or believed:
+                others = [run.world.nodes[who] for who in holding - {node.id}]
+                if len(nodes) > 1 or believed or all(other.up and not run.good(other.id, number) for other in others):
                     branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
                     continue
                 survived = self._lineage(node.id, number)[1] and holding != {node.id}  # it flushed before it said so

@@ -21,6 +21,7 @@ class Watch:
         self.run = run
         self._syncing: set[int] = set()  # nodes that died while a resync was running
         self._replications: dict[tuple[int, int], str] = {}
+        self.lost_at: dict[int, int] = {}  # node -> when it last learned that its link is gone
 
     def replications(self, node: Node) -> set[str]:
         """Of every volume."""
@@ -120,6 +121,7 @@ class Watch:
     def _connection(self, node: Node, notice: Notice) -> None:
         if notice.fields["connection"] == "Connected":
             return
+        self.lost_at[node.id] = self.run.world.now
         reason = str(notice.fields["reason"])
         if node.replies and node in self.run.primaries():
             self.run.sometimes("link lost between a write and its acknowledgement")

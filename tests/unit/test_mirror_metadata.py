@@ -118,10 +118,11 @@ def test_nobody_is_told_of_pages_of_a_disk_that_was_let_go() -> None:
 
 def test_a_page_that_cannot_be_written_is_a_failed_disk() -> None:
     m = Mirror(primary=0, epoch_time_ns=LONG)
-    m.done(m.beta, "detach")
+    m.partition()
     m.write(m.alpha, 3, 7)
     fail_pages(m, m.alpha)
     m.done(m.alpha, "secondary")
+    m.run(lambda: bool(m.notices(m.alpha, "disk-failed")))
     assert m.notices(m.alpha, "disk-failed")[0].fields["operation"] == "metadata write"
     m.run(lambda: m.disk(m.alpha) == "Diskless")
 
