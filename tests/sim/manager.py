@@ -122,7 +122,10 @@ class Manager:
         if branch.holding[number] == {node.id}:
             branch.all_lost_power(number)  # the last good copy: what was not FLUSHed is uncertain, here and elsewhere
         elif "metadata" not in notice.fields["operation"]:
-            branch.holding[number].discard(node.id)
+            if (
+                self.run.swarm.protocol != "A" or node not in self.run.primaries()
+            ):  # (A: it is believed when it is back)
+                branch.holding[number].discard(node.id)
 
     def begin(self) -> None:
         """Remember the lineages from which the run starts."""
@@ -225,6 +228,8 @@ class Manager:
                 others = [run.world.nodes[who] for who in holding - {node.id}]
                 if len(nodes) > 1 or believed or all(other.up and not run.good(other.id, number) for other in others):
                     branch.all_lost_power(number)  # it is believed when it comes back, as a disk alone would be
+                    if not others:
+                        run.sometimes("last good copy lost power")
                     continue
                 survived = self._lineage(node.id, number)[1] and holding != {node.id}  # it flushed before it said so
                 if not survived and branch.lost_power(node.id, number):
