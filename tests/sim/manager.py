@@ -121,11 +121,12 @@ class Manager:
         branch, number = self.run.branch_of[node.id], notice.fields["volume"]
         if branch.holding[number] == {node.id}:
             branch.all_lost_power(number)  # the last good copy: what was not FLUSHed is uncertain, here and elsewhere
-        elif "metadata" not in notice.fields["operation"]:
-            if (
-                self.run.swarm.protocol != "A" or node not in self.run.primaries()
-            ):  # (A: it is believed when it is back)
-                branch.holding[number].discard(node.id)
+        elif "metadata" not in notice.fields["operation"] and not self._believed(node):
+            branch.holding[number].discard(node.id)
+
+    def _believed(self, node: Node) -> bool:
+        """Under protocol A a Primary whose disk comes back may be ahead."""
+        return self.run.swarm.protocol == "A" and node in self.run.primaries()
 
     def begin(self) -> None:
         """Remember the lineages from which the run starts."""
