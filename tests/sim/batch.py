@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tests.sim.run import Run
 from tests.sim.tape import Tape
+
+TELL_EVERY = 5000
 
 
 @dataclass
@@ -78,6 +81,8 @@ def _collect(outcomes: Iterable[tuple[int, Outcome]], fail_fast: bool) -> Report
     report = Report()
     for seed, outcome in outcomes:
         report.add(seed, outcome)
+        if report.count % TELL_EVERY == 0:
+            sys.stderr.write(f"{report.count} seeds, {len(report.failures)} failed\n")
         if fail_fast and outcome.failure:
             break
     report.failures.sort()

@@ -428,6 +428,7 @@ def freeze(run: Run, fault: Fault) -> None:
 
 # --- traps
 
+#: New ones at the end only: a tape names a moment by its place.
 MOMENTS: Final = (
     "meta", "before meta", "flush", "before flush", "write", "before write", "read",
     "send HELLO", "send AGREE", "send ROLE", "send ROLE_REQUEST", "send ROLE_REPLY", "send VOLUME_STATE", "send BITMAP",

@@ -106,8 +106,10 @@ class Manager:
         if notice.code == "disk-failed":
             self._disk_failed(node, notice)
         if notice.code == "role" and notice.fields["role"] == "Primary":
-            for number in branch.holding:
-                if self._lineage(node.id, number)[1] and node.id in branch.holding[number]:
+            assert node.resource is not None
+            for number, volume in node.resource.volumes.items():
+                alone = not any(replica.replicating for replica in volume.replicas.values())
+                if alone and node.id in branch.holding[number]:
                     branch.lies_on(number, {node.id})  # it leads without its peer: what it shows counts
         if notice.code == "role" and notice.fields["role"] == "Secondary":
             for oracle in run.branch_of[node.id].oracles.values():
