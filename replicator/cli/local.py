@@ -145,12 +145,13 @@ def _number_or_text(text: str) -> int | str:
 
 
 def _create(one: Target, size: int | None, resource_id: bytes, *, force: bool) -> None:
+    from replicator.drivers.backing import absent
     from replicator.drivers.metadata import create_metadata
 
     loaded = targets.load(one)
     node = loaded.node(config.local_node_name())
     place, number = _place(one)
-    if size is not None and not os.path.lexists(place.disk):
+    if size is not None and absent(place.disk):
         _make_file(place.disk, size)
     peers = loaded.peer_ids(node)
     create_metadata(
@@ -185,7 +186,7 @@ def _make_file(path: str, size: int) -> None:
     if path.startswith("/dev/"):
         raise DiskError(f"{path} does not exist", hint="--size makes files, not devices")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.ftruncate(fd, size)
             os.fsync(fd)

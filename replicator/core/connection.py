@@ -531,8 +531,6 @@ class Connection:
         """The peer said what state this copy is in, in a round that we have not begun."""
         if not self.waits_for_state or replica.state_sent:
             replica.begin_round()
-        elif all(other.spoken for other in self._replicas()):
-            self._begin_rounds()
 
     def _begin_rounds(self) -> None:
         self.waits_for_state = False
@@ -542,6 +540,9 @@ class Connection:
 
     def settle(self) -> None:
         """Once per turn."""
+        # (A volume that lost its disk while we waited has begun its round already.)
+        if self.waits_for_state and all(replica.spoken for replica in self._replicas()):
+            self._begin_rounds()
         if self.receiver is not None:
             self.receiver.settle()
 

@@ -164,6 +164,15 @@ class Backing:
             self.fd = -1
 
 
+def absent(path: str) -> bool:
+    """Nothing is there, or an empty regular file: what a crash leaves between making a file and giving it a size."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return True  # whoever makes it learns why it cannot be
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
 def open_backing(path: str, *, io: str = "direct", read_only: bool = False) -> Backing:
     """Open `path` for ourselves alone; `io` is "direct" (O_DIRECT) or "buffered".
 

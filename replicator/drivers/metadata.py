@@ -38,7 +38,7 @@ from replicator.core.geometry import (
     external_layout,
     internal_layout,
 )
-from replicator.drivers.backing import BUFFER_SIZE, Backing, aligned_buffer, open_backing, put
+from replicator.drivers.backing import BUFFER_SIZE, Backing, absent, aligned_buffer, open_backing, put
 from replicator.errors import DiskError, FormatError, Refused
 
 #: Room for the GPT, btrfs and GFS2 at the start of a device; the most that any signature needs.
@@ -80,7 +80,7 @@ def create_metadata(
 ) -> superblock.Superblock:
     """Write a fresh metadata area: a copy that is JustCreated and Inconsistent.  Returns what was written.
 
-    An external metadata file that does not exist is made, with its space allocated.  Raises `Refused`
+    An external metadata file that is absent (or empty) is made, with its space allocated.  Raises `Refused`
     (code "metadata-exists" or "would-overwrite"; overridden by `force`) and `DiskError`.
     """
     assert len(peer_ids) <= slots, (peer_ids, slots)
@@ -203,7 +203,7 @@ def _stores(place: Place, *, read_only: bool = False, create_for_slots: int = 0)
     metadata = data
     try:
         if place.metadata is not None:
-            if create_for_slots and not os.path.lexists(place.metadata):
+            if create_for_slots and absent(place.metadata):
                 _create_file(place.metadata, area_bytes(data.size, create_for_slots))
             metadata = open_backing(place.metadata, io=place.io, read_only=read_only)
         yield data, metadata
@@ -219,7 +219,7 @@ def _create_file(path: str, size: int) -> None:
     if Path(path).parts[:2] == ("/", "dev"):
         raise DiskError(f"the metadata device {path} does not exist")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             os.posix_fallocate(fd, 0, size)
             os.fsync(fd)

@@ -171,7 +171,7 @@ EARLY: Final[dict[str, tuple[list[Frame], str]]] = {
     "trim": ([Frame(Kind.TRIM, sequence=1, size=MIB)], "TRIM from a peer that may not write"),
     "zero": ([Frame(Kind.ZERO, sequence=1, size=MIB)], "ZERO from a peer that may not write"),
     "written": ([Frame(Kind.WRITTEN, payload=SEVEN)], "WRITTEN for write 7, which is not under way"),
-    "received": ([Frame(Kind.RECEIVED, payload=SEVEN)], "RECEIVED for write 7"),
+    "received": ([Frame(Kind.RECEIVED, payload=SEVEN)], "RECEIVED, which belongs to protocol B"),
     "failed": ([Frame(Kind.FAILED, payload=SEVEN)], "FAILED for write 7"),
     "barrier-ack": ([Frame(Kind.BARRIER_ACK, sequence=1 << 40)], "BARRIER_ACK 1099511627776 for no barrier"),
     "confirm": (

@@ -85,7 +85,7 @@ def test_the_command_catches_a_break(capsys: pytest.CaptureFixture[str], tmp_pat
     said = capsys.readouterr().out
     assert status == 0, said
     assert "1 of 1 noticed: 1 by the simulator" in said
-    assert re.search(rf"\| {NOTICED_AT_ONCE} \| I-23 .*differ", page.read_text()), page.read_text()
+    assert re.search(rf"\| {NOTICED_AT_ONCE} \| I-23 \| - \| \w+: .*sector \d+", page.read_text()), page.read_text()
 
 
 def test_a_break_that_changes_nothing_survives() -> None:

@@ -123,10 +123,10 @@ class Area:
                 left.append(entry)
         self.cache = left
 
-    def fail_flush(self, covered: list[tuple[int, bytes]], rng: random.Random) -> int:
+    def fail_flush(self, covered: list[tuple[int, bytes]], drops: Callable[[], bool]) -> int:
         """A FLUSH that fails may drop what it was to write: reads go on showing it until the power is cut."""
         known = {id(entry) for entry in covered}
-        for entry in [entry for entry in self.cache if id(entry) in known and rng.random() < 0.5]:
+        for entry in [entry for entry in self.cache if id(entry) in known and drops()]:
             self.doomed.append((entry[0], len(entry[1])))
             self.cache.remove(entry)
         return errno.EIO

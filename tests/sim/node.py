@@ -247,10 +247,11 @@ class Node:
         """Covers what was complete when it was asked for: writes applied later stay in the cache."""
         disk = self.disks[a.volume]
         covered = list(disk.data.cache)
+        drops = lambda: self.world.rates.steady or self.world.rng.random() < 0.5  # noqa: E731
         self._operation(
             a.volume, a.token, "flush",
             lambda: disk.data.flush_these(covered),
-            lambda: disk.error or (disk.data.fail_flush(covered, self.world.rng) if disk.fail_flush else 0),
+            lambda: disk.error or (disk.data.fail_flush(covered, drops) if disk.fail_flush else 0),
             delay_factor=3,
         )  # fmt: skip
 

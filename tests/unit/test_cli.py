@@ -236,6 +236,30 @@ def test_create_md_makes_files_and_gives_all_volumes_one_resource_id(
     assert json.loads(capsys.readouterr().out)[0]["resource_id"] == first["resource_id"]
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "forced"])
+def test_create_md_completes_the_empty_files_that_a_crash_in_it_leaves(home: Path, force: list[str]) -> None:
+    path = home / "etc" / "r0.toml"
+    path.write_text('[disk]\nio = "buffered"\n' + path.read_text())
+    for name in ("a0", "a1", "m1"):
+        (home / name).touch()
+    assert main(["create-md", "r0", "--size", "8MiB", *force]) == 0
+    assert os.path.getsize(home / "a0") == os.path.getsize(home / "a1") == 8 << 20
+    assert os.stat(home / "m1").st_blocks * 512 >= os.path.getsize(home / "m1") > 0, "its space is allocated"
+    assert main(["dump-md", "r0"]) == 0
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["something", "link"])
+def test_create_md_gives_no_size_to_what_holds_something_or_is_no_file(home: Path, *, linked: bool) -> None:
+    (home / "a1").write_bytes(bytes(8 << 20))
+    (home / "elsewhere").touch()
+    if linked:
+        (home / "m1").symlink_to(home / "elsewhere")
+    else:
+        (home / "m1").write_bytes(b"x")
+    assert main(["create-md", "r0/1", "--size", "8MiB", "--force"]) == 10
+    assert (home / "elsewhere").read_bytes() == b"" and (linked or (home / "m1").read_bytes() == b"x")
+
+
 @pytest.mark.usefixtures("disks")
 def test_create_md_refuses_to_overwrite(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["create-md", "r0"]) == 11

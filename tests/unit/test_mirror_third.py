@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from replicator.core import superblock
@@ -166,3 +168,43 @@ def test_a_diskless_primary_refuses_a_copy_without_what_its_clients_have_seen_an
         assert f"clients of alpha have seen generation {seen:016x}" in text
         assert f"the data of beta (generation {77 << 8:016x})" in text
     assert m.role(m.alpha) == "Primary"
+
+
+def stall_beta(m: Mirror) -> Callable[[], None]:
+    """What beta sends to alpha hangs, until the returned function is called."""
+    for link in m.world.network.alive:
+        nodes = [end.node for end in link.ends]
+        if set(nodes) == {0, 1}:
+            m.world.network.stall(link, nodes.index(1), stalled=True)
+            return partial(m.world.network.stall, link, nodes.index(1), stalled=False)
+    raise AssertionError("alpha and beta are not connected")
+
+
+def test_a_new_link_of_another_peer_does_not_end_the_wait_for_a_confirmation() -> None:
+    m = good(trio(epoch_time_ns=LONG, fencing="resource-only", ping_timeout_ns=30 * SECOND))
+    m.done(m.alpha, "primary", force=True)
+    go_on = stall_beta(m)
+    asked = m.begin(m.alpha, "disconnect", peer="beta")
+    m.pause(MS)
+    join_without_a_disk(m)
+    assert not asked.answers
+    go_on()
+    m.run(lambda: bool(asked.answers))
+    m.pause()
+    outdated = {slot.node_id: slot.outdated for slot in m.superblock(m.alpha).peers}
+    assert outdated == {1: True, GAMMA: False} and not m.notices(m.alpha, "outdate-unconfirmed")
+
+
+def test_the_loss_of_another_peer_is_no_answer_to_what_one_was_asked() -> None:
+    m = good(trio(epoch_time_ns=LONG))
+    join_without_a_disk(m)
+    m.done(m.alpha, "primary")
+    go_on = stall_beta(m)
+    asked = m.begin(m.alpha, "invalidate")
+    m.pause(MS)
+    m.kill(m.world.nodes[GAMMA])
+    m.pause(10 * MS)
+    assert not m.resource(m.alpha).connections[GAMMA].connected and not asked.answers
+    go_on()
+    m.run(lambda: bool(asked.answers))
+    assert asked.answer.ok
