@@ -227,6 +227,19 @@ def test_a_volume_whose_disk_is_lost_before_the_peer_has_spoken_is_spoken_for_on
     assert sorted(states) == [0, 1], "a round that has begun is not begun again"
 
 
+def test_a_primary_goes_on_while_the_peer_has_not_spoken_for_one_volume() -> None:
+    m = Mirror(primary=0, volumes=(0, 1))
+    m.beta.disks[1].frozen = True  # its part of the round waits for a flush
+    m.cut()
+    m.run(lambda: m.replica(m.alpha, 0).spoken)
+    m.pause()
+    assert m.connection(m.alpha).waits_for_state and not m.replica(m.alpha, 1).spoken
+    m.write(m.alpha, 3, 7, volume=0)
+    m.beta.disks[1].thaw()
+    m.establish()
+    assert m.block(m.beta, 3) == 7
+
+
 def test_a_target_whose_link_ends_before_it_is_ready_says_so_on_no_other_link() -> None:
     m = Mirror(primary=0)
     m.partition()
