@@ -103,6 +103,8 @@ class Manager:
             if source.id in branch.holding[notice.fields["volume"]]:
                 branch.caught_up(notice.fields["volume"], {node.id})
         branch = run.branch_of[node.id]
+        if notice.code == "sync-decision" and notice.fields["rule"] == "equal":
+            self._equal(node, notice.fields["volume"])
         if notice.code == "disk-failed":
             self._disk_failed(node, notice)
         if notice.code == "role" and notice.fields["role"] == "Primary":
@@ -118,6 +120,12 @@ class Manager:
             self.target = node
         if notice.code == "disk-state" and notice.fields["disk"] == "Inconsistent":
             branch.loses(node.id, notice.fields["volume"])  # thrown away, or a mixture until it is synced
+
+    def _equal(self, node: Node, number: int) -> None:
+        """Both copies are the same, at a moment in which nothing is under way."""
+        branch, both = self.run.branch_of[node.id], {node.id, self.run.other(node).id}
+        if both <= branch.nodes and both & branch.holding[number]:
+            branch.caught_up(number, both)
 
     def _disk_failed(self, node: Node, notice: Notice) -> None:
         branch, number = self.run.branch_of[node.id], notice.fields["volume"]
