@@ -475,15 +475,16 @@ class Connection:
         limits = [
             self._heard + options.ping_interval_ns if self._pinged is None else self._pinged + options.ping_timeout_ns
         ]
-        if options.ko_count and (self._unacked or self._reads):
-            limits.append(self._progress + options.timeout_ns * options.ko_count)
+        stuck_at = self._stuck_at
+        if stuck_at is not None:
+            limits.append(stuck_at)
         if self._round_since is not None:
             limits.append(self._round_since + options.handshake_timeout_ns)
         return min(limits)
 
     def tick(self) -> None:
         """Dial, ping, or give up a peer that does not answer."""
-        now, options = self._context.now, self._context.options
+        now, options, stuck_at = self._context.now, self._context.options, self._stuck_at
         if self.link is None:
             if self.state is State.UNCONNECTED and (not self._dials or self._next_dial <= now):
                 self._move(ConnectionMove.RETRY, self.reason)
@@ -493,7 +494,7 @@ class Connection:
             return
         if self._pinged is not None and now >= self._pinged + options.ping_timeout_ns:
             self._give_up("the peer does not answer pings")
-        elif self._stuck(now):
+        elif stuck_at is not None and now >= stuck_at:
             limit = f"{options.ko_count} x {options.timeout_ns / 1e9:g} s"
             self._give_up(f"the peer does not acknowledge writes within ko-count x timeout, {limit}", for_good=True)
         elif self._round_since is not None and now >= self._round_since + options.handshake_timeout_ns:
@@ -502,11 +503,13 @@ class Connection:
             self._pinged = now
             self.send(Frame(Kind.PING, sequence=self.next_sequence()))
 
-    def _stuck(self, now: int) -> bool:
-        """The peer owes an answer for too long, whatever else it says; never with `ko_count` 0."""
+    @property
+    def _stuck_at(self) -> int | None:
+        """When the peer will have owed an answer for too long, whatever else it says; never with `ko_count` 0."""
         options = self._context.options
-        owes = bool(options.ko_count and (self._unacked or self._reads))
-        return owes and now >= self._progress + options.timeout_ns * options.ko_count
+        if not options.ko_count or not (self._unacked or self._reads):
+            return None
+        return self._progress + options.timeout_ns * options.ko_count
 
     def _give_up(self, reason: str, *, for_good: bool = False) -> None:
         link = self.link

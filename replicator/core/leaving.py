@@ -102,13 +102,12 @@ class Leaving:
 
     def known_outdated(self, peer: int) -> None:
         """The peer cannot be promoted without us: record it."""
-        for volume in self._resource.volumes.values():
-            if volume.attached is not None:
-                volume.ledger.save(lambda found: with_slot(found, peer, outdated=True), lambda: None)
+        for volume in self._resource.attached:
+            volume.ledger.save(lambda found: with_slot(found, peer, outdated=True), lambda: None)
 
     def _outdate(self, link: int, reason: str) -> None:
         """Our copies are old from now on; say so when that is durable.  (One that is attached later is in doubt.)"""
-        attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
+        attached = self._resource.attached
         missing = {volume.number for volume in attached}
 
         def durable(number: int | None) -> None:

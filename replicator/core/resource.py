@@ -163,6 +163,11 @@ class Resource:
     # --- facts
 
     @property
+    def attached(self) -> list[Volume]:
+        """The volumes with a disk."""
+        return [volume for volume in self.volumes.values() if volume.attached is not None]
+
+    @property
     def primary(self) -> bool:
         """This node is Primary."""
         return self.roles.role is Role.PRIMARY
@@ -372,8 +377,7 @@ class Resource:
 
     def provisional(self) -> bool:
         """No volume here holds data yet: the resource id is not binding."""
-        attached = [volume for volume in self.volumes.values() if volume.attached is not None]
-        return all(same(volume.ledger.durable.current, JUST_CREATED) for volume in attached)
+        return all(same(volume.ledger.durable.current, JUST_CREATED) for volume in self.attached)
 
     def resource_id(self) -> bytes:
         """The id of the resource as our metadata knows it; zero without a disk."""

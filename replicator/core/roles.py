@@ -127,7 +127,7 @@ class Roles:
 
     def known_outdated(self, peer: int) -> bool:
         """The peer confirmed, or a fence device did, that its copy is old."""
-        attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
+        attached = self._resource.attached
         return bool(attached) and all(volume.ledger.slot(peer).outdated for volume in attached)
 
     def _promotion_step(self) -> None:
@@ -185,7 +185,7 @@ class Roles:
 
     def _flush(self) -> None:
         """What an earlier Primary had acknowledged is stable before we answer a FLUSH with nothing of ours (I-3)."""
-        attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
+        attached = self._resource.attached
         self._wait_for({volume.number for volume in attached}, self._write_indicator)
         for volume in attached:
             token = self._context.ask(self._flushed, volume)
@@ -199,7 +199,7 @@ class Roles:
 
     def _write_indicator(self) -> None:
         """Durable step: PrimaryIndicator, with whatever the promotion changes in the lineage."""
-        attached = [volume for volume in self._resource.volumes.values() if volume.attached is not None]
+        attached = self._resource.attached
         # A link may have come and gone meanwhile: what its Primary wrote has to be over.
         self._wait_for({volume.number for volume in attached}, lambda: self._resource.when_quiet(self._become_primary))
         self._survived_before = {

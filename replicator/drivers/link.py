@@ -20,9 +20,8 @@ from replicator.errors import ProtocolError
 
 BUFFER_BYTES: Final = 256 * 1024
 TURN_BYTES: Final = 4 * 1024 * 1024
-QUEUE_BYTES_MAX: Final = (
-    192 << 20
-)  #: queued for a peer before its frames wait; reads and resync answers stay below 128 MiB
+#: queued for a peer before its frames wait; reads and resync answers stay below 128 MiB
+QUEUE_BYTES_MAX: Final = 192 << 20
 CLOSE_NS: Final = 1_000_000_000  #: what is queued has this long to leave after `close`
 
 

@@ -13,14 +13,11 @@ from replicator.core.actions import CommandDone, Notice
 from replicator.core.generations import JUST_CREATED
 from replicator.core.geometry import (
     BLOCK,
-    PAGE,
     SECTOR,
 )
 from replicator.core.resync import SyncTarget
 from replicator.core.states import Disk as DiskState
 from replicator.core.states import Role
-from replicator.core.superblock import choose
-from replicator.errors import FormatError
 from tests.sim.checker import Checker
 from tests.sim.disk import LARGE
 from tests.sim.node import Node
@@ -222,7 +219,7 @@ class NeverBackwards(Checker):
             holding = mine.holding[number]
             if node.id in holding and source.id not in holding:
                 run.fail(self, f"volume {number}: {notice.fields['rule']}: a copy with everything is to be overwritten")
-        elif not theirs.has_all_of(mine) and not run.is_stale(node):
+        elif not theirs.has_all_of(mine) and node.id not in run.manager.given_up:
             run.fail(self, f"volume {number}: {notice.fields['rule']}: an acknowledged history is dropped silently")
 
 
@@ -259,13 +256,11 @@ class SequencesGrow(Checker):
         self.newest: dict[tuple[int, int], int] = {}
 
     def metadata(self, node: Node, volume: int) -> None:
-        disk = node.disks[volume]
-        fixed = bytes(disk.meta.stable[disk.fixed_base : disk.fixed_base + 2 * PAGE])
-        try:
-            sequence = choose(fixed[:PAGE], fixed[PAGE:]).sequence
-        except FormatError as error:
-            self.run.fail(self, f"node {node.id} volume {volume} wrote metadata that cannot be used: {error}")
         key = node.id, volume
+        stored = self.run.stored[key]
+        if stored.fault:
+            self.run.fail(self, f"node {node.id} volume {volume} wrote metadata that cannot be used: {stored.fault}")
+        sequence = stored.sequence
         if sequence < self.newest.get(key, 0):
             self.run.fail(self, f"superblock sequence {sequence} after {self.newest[key]}")
         self.newest[key] = sequence

@@ -338,7 +338,7 @@ class Manager:
         run.world.run(limit=SECOND)
         if not self.split():
             run.fail("SplitBrainStays", "a split brain went away by itself")
-        for branch in {id(branch): branch for branch in run.branch_of.values()}.values():
+        for branch in run.branches:
             for number, oracle in branch.oracles.items():
                 node = run.world.nodes[min(branch.holding[number] or branch.nodes)]
                 for sector in oracle.possible:

@@ -99,7 +99,7 @@ class PromisedIsThere(Checker):
     invariants = ("I-1", "I-2", "I-3", "I-7")
 
     def converged(self) -> None:
-        for branch in {id(branch): branch for branch in self.run.branch_of.values()}.values():
+        for branch in self.run.branches:
             for number, oracle in branch.oracles.items():
                 seen = self.run.world.nodes[min(branch.nodes)].disks[number].data.seen
                 for sector in sorted(oracle.possible):

@@ -20,13 +20,14 @@ from replicator.core.states import Role
 from tests.sim.build import boot, established, ready, two_nodes
 from tests.sim.checker import Checker
 from tests.sim.checkers import CHECKERS
-from tests.sim.faults import FAULTS, Traps
+from tests.sim.faults import FAULTS
 from tests.sim.manager import Manager
 from tests.sim.node import Node
 from tests.sim.oracle import GARBAGE, Branch, Issued, Oracle, fill
 from tests.sim.situations import SITUATIONS
 from tests.sim.stored import Stored
 from tests.sim.tape import Fault, Op, Tape
+from tests.sim.traps import Traps
 from tests.sim.watch import Watch
 from tests.sim.world import MS, SECOND, US, World
 
@@ -70,7 +71,6 @@ class Run:
         self.manager = Manager(self)
         self.traps = Traps(self)
         self.watch = Watch(self)
-        self.stop_at = 0
         self.left = len(tape.clients)
 
     # --- facts
@@ -122,9 +122,10 @@ class Run:
         assert node.resource is not None
         return all(volume.disk > DiskState.INCONSISTENT for volume in node.resource.volumes.values())
 
-    def is_stale(self, node: Node) -> bool:
-        """Its metadata was made anew: whatever it had was given up by the operator."""
-        return node.id in self.manager.given_up
+    @property
+    def branches(self) -> list[Branch]:
+        """The histories that somebody is in, each once."""
+        return list({id(branch): branch for branch in self.branch_of.values()}.values())
 
     # --- who has what
 
@@ -297,7 +298,6 @@ class Run:
         self._start()
         self.manager.begin()
         world.noticed, world.at_moment, world.at_metadata = self._noticed, self.traps.moment, self._metadata
-        self.stop_at = world.now + self.swarm.duration_ms * MS
         for who in range(len(self.tape.clients)):
             self.client(who)
         self.manager.tick()
@@ -387,7 +387,7 @@ class Run:
 
     def still_one(self) -> bool:
         """One history is left."""
-        return len({id(branch) for branch in self.branch_of.values()}) == 1
+        return len(self.branches) == 1
 
     def _idle(self) -> bool:
         return all(not node.replies for node in self.world.nodes.values())

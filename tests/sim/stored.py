@@ -15,7 +15,7 @@ from replicator.core.geometry import (
     block_count,
     slot_offset,
 )
-from replicator.core.superblock import Superblock, choose
+from replicator.core.superblock import Chosen, Superblock, choose
 from replicator.errors import FormatError
 from tests.sim.disk import Disk
 
@@ -26,22 +26,30 @@ class Stored:
     def __init__(self, disk: Disk, peer: int) -> None:
         self._disk, self._peer = disk, peer
         self._version = -1
-        self._superblock: Superblock | None = None
+        self._chosen: Chosen | None = None
+        self._fault = ""
+        self._marked_version = -1
         self._marked: int | None = None
+
+    def _fixed(self) -> bytes:
+        disk = self._disk
+        return bytes(disk.meta.stable[disk.fixed_base : disk.fixed_base + FIXED_BYTES])
 
     def _read(self) -> None:
         if self._version == self._disk.meta.version:
             return
         self._version = self._disk.meta.version
-        disk = self._disk
-        fixed = bytes(disk.meta.stable[disk.fixed_base : disk.fixed_base + FIXED_BYTES])
+        fixed = self._fixed()
         try:
-            self._superblock = choose(fixed[:PAGE], fixed[PAGE : 2 * PAGE]).superblock
-        except FormatError:
-            self._superblock = None
-        self._marked = None if self._superblock is None else self._marks(self._superblock, fixed)
+            self._chosen, self._fault = choose(fixed[:PAGE], fixed[PAGE : 2 * PAGE]), ""
+        except FormatError as error:
+            self._chosen, self._fault = None, str(error)
 
-    def _marks(self, found: Superblock, fixed: bytes) -> int | None:
+    def _marks(self) -> int | None:
+        found = self.superblock
+        if found is None:
+            return None
+        fixed = self._fixed()
         slot = found.slot_of(self._peer)
         if slot is None or found.current == JUST_CREATED or found.peers[slot].full_sync:
             return None
@@ -60,12 +68,26 @@ class Stored:
     def superblock(self) -> Superblock | None:
         """What a node that starts now would use; None: it would refuse."""
         self._read()
-        return self._superblock
+        return self._chosen.superblock if self._chosen is not None else None
+
+    @property
+    def sequence(self) -> int:
+        """Of that superblock; 0 if there is none."""
+        self._read()
+        return self._chosen.sequence if self._chosen is not None else 0
+
+    @property
+    def fault(self) -> str:
+        """Why it would refuse; empty if it would not."""
+        self._read()
+        return self._fault
 
     @property
     def marked(self) -> int | None:
         """Dirty blocks and hot extents that a restart would find, a bit per block; None: all."""
-        self._read()
+        if self._marked_version != self._disk.meta.version:
+            self._marked_version = self._disk.meta.version
+            self._marked = self._marks()
         return self._marked
 
 

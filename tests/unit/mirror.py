@@ -335,17 +335,21 @@ class Mirror:
         """Call `act` at the moment a reply leaves."""
         self.watch(lambda who, action: act() if who is node and isinstance(action, Reply) else None)
 
-    def fail_reads(self, node: Node) -> None:
-        """Reads of its data end with EIO; everything else works."""
+    def fail(self, node: Node, when: Callable[[Any], bool], *, after_ns: int = MS) -> None:
+        """Operations of its disk of which this holds end with EIO, a little later; everything else works."""
         perform = self.world.perform
 
-        def failing(who: Node, action: Action) -> None:
-            if who is node and isinstance(action, ReadData):
-                self.world.after(MS, lambda: who.step(DiskDone(action.token, errno.EIO)))
+        def failing(who: Node, action: Any) -> None:
+            if who is node and when(action):
+                self.world.after(after_ns, lambda: who.step(DiskDone(action.token, errno.EIO)))
             else:
                 perform(who, action)
 
         self.world.perform = failing  # type: ignore[method-assign]
+
+    def fail_reads(self, node: Node) -> None:
+        """Reads of its data end with EIO; everything else works."""
+        self.fail(node, lambda action: isinstance(action, ReadData))
 
     def lose_disk(self, node: Node) -> None:
         """Its disk is broken, and the core learns of it now (as from a failed flush)."""
@@ -356,15 +360,7 @@ class Mirror:
 
     def fail_metadata(self, node: Node) -> None:
         """Metadata writes end with EIO; everything else works."""
-        perform = self.world.perform
-
-        def failing(who: Node, action: Action) -> None:
-            if who is node and isinstance(action, WriteMeta):
-                self.world.after(MS, lambda: who.step(DiskDone(action.token, errno.EIO)))
-            else:
-                perform(who, action)
-
-        self.world.perform = failing  # type: ignore[method-assign]
+        self.fail(node, lambda action: isinstance(action, WriteMeta))
 
     def watch(self, look: Callable[[Node, Action], object]) -> None:
         """Call `look` with every action before it is carried out."""

@@ -43,15 +43,7 @@ def is_bitmap(action: Action) -> bool:
 
 def fail_pages(m: Mirror, node: Node) -> None:
     """Writes of bitmap pages end with EIO; everything else works."""
-    perform = m.world.perform
-
-    def failing(who: Node, action: Action) -> None:
-        if who is node and isinstance(action, WriteMeta) and is_bitmap(action):
-            m.world.after(MS, lambda: who.step(DiskDone(action.token, errno.EIO)))
-        else:
-            perform(who, action)
-
-    m.world.perform = failing  # type: ignore[method-assign]
+    m.fail(node, is_bitmap)
 
 
 def lose_disk_at(m: Mirror, node: Node, when: Callable[[Action], bool]) -> None:

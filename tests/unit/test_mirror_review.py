@@ -11,7 +11,7 @@ import errno
 import struct
 
 from replicator.core.actions import Action, CloseLink, Send, WriteData, WriteMeta
-from replicator.core.events import DiskDone, Io, Tick
+from replicator.core.events import Io, Tick
 from replicator.core.generations import same
 from replicator.core.handshake_wire import VolumeState
 from replicator.core.states import Disk
@@ -26,28 +26,12 @@ SIZE_AT = 2  # of size_bytes in a VOLUME_STATE, behind the disk state and the fl
 
 def fail_data_late(m: Mirror, node: Node, after_ns: int) -> None:
     """Data writes of this node end with EIO, after a while."""
-    perform = m.world.perform
-
-    def failing(who: Node, action: Action) -> None:
-        if who is node and isinstance(action, WriteData):
-            m.world.after(after_ns, lambda: who.step(DiskDone(action.token, errno.EIO)))
-        else:
-            perform(who, action)
-
-    m.world.perform = failing  # type: ignore[method-assign]
+    m.fail(node, lambda action: isinstance(action, WriteData), after_ns=after_ns)
 
 
 def fail_metadata_of(m: Mirror, node: Node, volume: int) -> None:
     """Metadata writes of one volume end with EIO; everything else works."""
-    perform = m.world.perform
-
-    def failing(who: Node, action: Action) -> None:
-        if who is node and isinstance(action, WriteMeta) and action.volume == volume:
-            m.world.after(MS, lambda: who.step(DiskDone(action.token, errno.EIO)))
-        else:
-            perform(who, action)
-
-    m.world.perform = failing  # type: ignore[method-assign]
+    m.fail(node, lambda action: isinstance(action, WriteMeta) and action.volume == volume)
 
 
 def claim_no_size(m: Mirror, node: Node) -> None:
